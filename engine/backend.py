@@ -1,0 +1,270 @@
+"""The engine as its doors and its actions see it: functions by path or call, outcomes as wire-ready bytes.
+
+Invariants
+  1. Each request ends in exactly one outcome; refusals of the engine itself (overload, unknown function) are failures
+     of that request like any other.
+  2. A mutation with a session id and a request id is applied once, however often it comes (`transaction/ledger.py`).
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from engine.auth.admin import Authenticator, parse_authorization
+from engine.auth.tokens import Verified
+from engine.clock import Clock
+from engine.errors import EngineError, FunctionNotFound, RequestError, RequestIdReused
+from engine.functions.calls import Call, Outcome
+from engine.functions.failures import Failure
+from engine.functions.registry import FunctionKind
+from engine.functions.runner import Runner
+from engine.identity import Identity
+from engine.ids import creation_time_of
+from engine.live.live_query import Result
+from engine.live.publisher import Publisher
+from engine.live.view import View
+from engine.sync.backend import ActionOutcome, Credential, MutationOutcome
+from engine.transaction.committer import Committer, Execution, Settled, Submission
+from engine.transaction.ledger import Ledger, LedgerKey
+from engine.transaction.snapshots import Snapshots
+from engine.transaction.transaction import ReadTransaction, WriteTransaction
+
+T = TypeVar("T")
+
+
+class EngineBackend:
+    """What sessions, HTTP requests, actions and the in-process API ask of the engine."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        committer: Committer,
+        publisher: Publisher,
+        snapshots: Snapshots,
+        ledger: Ledger,
+        authenticator: Authenticator,
+        clock: Clock,
+    ) -> None:
+        self._runner, self._committer, self._publisher = runner, committer, publisher
+        self._snapshots, self._ledger, self._authenticator, self._clock = snapshots, ledger, authenticator, clock
+        self._tasks: set[asyncio.Task[None]] = set()  # actions under way
+
+    # -- of a session
+
+    def published_ts(self) -> int:
+        return self._publisher.ts
+
+    def make_view(self, on_ready: Callable[[], None]) -> View:
+        return View(self._publisher, on_ready)
+
+    def recorded_outcome(
+        self, session_id: str, request_id: int, identity: Identity | None, path: str, arguments: bytes
+    ) -> MutationOutcome | None:
+        """How this mutation ended when it came before; None if it did not, or has not committed yet."""
+        key = _ledger_key(session_id, request_id, identity, path, arguments)
+        try:
+            recorded = self._ledger.lookup(self._snapshots.reader, key)
+        except RequestIdReused as error:
+            return MutationOutcome(None, None, self._runner.failures.of(error, path))
+        return None if recorded is None else MutationOutcome(recorded.ts, recorded.value)
+
+    def start_mutation(
+        self,
+        path: str,
+        arguments: bytes,
+        identity: Identity | None,
+        session_id: str,
+        request_id: int,
+        done: Callable[[MutationOutcome], None],
+    ) -> None:
+        key = _ledger_key(session_id, request_id, identity, path, arguments)
+        self._submit(path, arguments, identity, key, done)
+
+    def start_action(
+        self, path: str, arguments: bytes, identity: Identity | None, done: Callable[[ActionOutcome], None]
+    ) -> "asyncio.Task[None]":
+        async def run() -> None:
+            done(await self.http_action(path, arguments, identity))
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def authenticate(self, credential: Credential) -> Verified:
+        return await self._authenticator.authenticate(credential)
+
+    def client_saw(self, session_id: str, up_to_request_id: int) -> None:
+        """The client has the answers up to this one: after a while their ledger rows may go."""
+        delay = self._runner.limits.ledger_seconds_after_seen
+        self._clock.call_later(delay, lambda: self._committer.forget_seen(session_id, up_to_request_id))
+
+    # -- of an HTTP request
+
+    async def http_query(
+        self,
+        path: str,
+        arguments: bytes,
+        identity: Identity | None,
+        at_ts: int | None = None,
+        *,
+        is_admin: bool = False,
+    ) -> Result:
+        """The result now, shared with whoever watches the same; or at a snapshot that was retained."""
+        if at_ts is None or (at_ts == self._publisher.ts and not is_admin):
+            if not is_admin:
+                return await self._publisher.ask_once(path, arguments, identity)
+            at_ts = self._publisher.ts
+        reader = self._snapshots.at(at_ts)
+        if reader is None:
+            raise RequestError(
+                f"the snapshot at {at_ts} is not kept any more (it is for "
+                f"{self._runner.limits.snapshot_retained_seconds} s). Ask /api/query_ts for a new one."
+            )
+        try:
+            call = self._resolve("query", path, arguments, is_admin=is_admin)
+        except RequestError as error:
+            failure = self._runner.failures.of(error, path)
+            return Result(ts=at_ts, value=None, failure=failure, journal=None, log_lines=())
+        transaction = ReadTransaction(reader, self._publisher.catalog, self._runner.limits)
+        run = await self._runner.run_long_query(call, identity, transaction, self._now_ms(), None)
+        return Result(ts=at_ts, value=run.value, failure=run.failure, journal=None, log_lines=run.log_lines)
+
+    async def http_mutation(
+        self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
+    ) -> MutationOutcome:
+        done: asyncio.Future[MutationOutcome] = asyncio.get_running_loop().create_future()
+        self._submit(path, arguments, identity, None, _into(done), is_admin=is_admin)
+        return await done
+
+    async def http_action(
+        self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
+    ) -> ActionOutcome:
+        try:
+            call = self._resolve("action", path, arguments, is_admin=is_admin)
+        except RequestError as error:
+            return ActionOutcome(None, self._runner.failures.of(error, path))
+        outcome = await self._runner.run_action(call, identity, self)
+        return ActionOutcome(outcome.value, outcome.failure, outcome.log_lines)
+
+    def function_kind(self, path: str, *, is_admin: bool = False) -> FunctionKind | None:
+        """The kind of a function that this caller may call; None if there is none of this path."""
+        try:
+            function = self._runner.registry.any(path, ("query", "mutation", "action"))
+        except FunctionNotFound:
+            return None
+        return function.kind if is_admin or not function.is_internal else None
+
+    def retain_snapshot(self) -> int:
+        return self._snapshots.retain()
+
+    async def authenticate_header(self, authorization: str) -> Verified:
+        return await self._authenticator.authenticate(parse_authorization(authorization))
+
+    # -- of an action (`functions/calls.py`, Transactions)
+
+    async def run_query(self, call: Call, identity: Identity | None) -> Outcome:
+        reader = self._snapshots.lend()
+        try:
+            transaction = ReadTransaction(reader, self._publisher.catalog, self._runner.limits)
+            run = await self._runner.run_long_query(call, identity, transaction, self._now_ms(), None)
+            return Outcome(run.value, run.failure, run.log_lines)
+        finally:
+            self._snapshots.give_back(reader)
+
+    async def run_mutation(self, call: Call, identity: Identity | None) -> Outcome:
+        settled = await self._commit(
+            lambda transaction, tick: self._runner.execute_mutation(call, identity, transaction, tick)
+        )
+        if settled.error is not None:
+            return Outcome(None, self._runner.failures.of(settled.error, call.function.path), ())
+        assert settled.execution is not None
+        outcome: Outcome = settled.execution.detail
+        return outcome
+
+    async def write(self, work: Callable[[WriteTransaction, float], T]) -> T:
+        """Do the engine's own writes as a mutation; durable on return."""
+        results: list[T] = []
+
+        def execute(transaction: WriteTransaction, tick: int) -> Execution:
+            results.append(work(transaction, creation_time_of(tick)))
+            return Execution(b"null", None)
+
+        settled = await self._commit(execute)
+        if settled.error is not None:
+            raise settled.error
+        return results[-1]  # it runs again when storage undid its group
+
+    async def close(self) -> None:
+        """Cancel the actions that are under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- inside
+
+    async def _commit(self, execute: Callable[[WriteTransaction, int], Execution]) -> Settled:
+        done: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+        self._committer.submit(Submission(execute, _into(done)))
+        return await done
+
+    def _submit(
+        self,
+        path: str,
+        arguments: bytes,
+        identity: Identity | None,
+        key: LedgerKey | None,
+        done: Callable[[MutationOutcome], None],
+        *,
+        is_admin: bool = False,
+    ) -> None:
+        def settle(settled: Settled) -> None:
+            if settled.error is not None:
+                done(MutationOutcome(None, None, self._failure_of(settled.error, path)))
+            elif settled.recorded is not None:
+                done(MutationOutcome(settled.ts, settled.recorded))
+            else:
+                assert settled.execution is not None
+                outcome: Outcome = settled.execution.detail
+                ts = settled.ts if outcome.failure is None else None
+                done(MutationOutcome(ts, outcome.value, outcome.failure, outcome.log_lines))
+
+        try:
+            call = self._resolve("mutation", path, arguments, is_admin=is_admin)
+            self._committer.submit(
+                Submission(
+                    lambda transaction, tick: self._runner.execute_mutation(call, identity, transaction, tick),
+                    settle,
+                    key,
+                )
+            )
+        except RequestError as error:
+            done(MutationOutcome(None, None, self._runner.failures.of(error, path)))
+
+    def _resolve(self, kind: FunctionKind, path: str, arguments: bytes, *, is_admin: bool) -> Call:
+        if is_admin:
+            return self._runner.resolve_any((kind,), path, arguments)
+        return self._runner.resolve(kind, path, arguments)
+
+    def _failure_of(self, error: EngineError, path: str) -> Failure:
+        return self._runner.failures.of(error, path)
+
+    def _now_ms(self) -> float:
+        return self._clock.wall_ns() / 1_000_000
+
+
+def _ledger_key(
+    session_id: str, request_id: int, identity: Identity | None, path: str, arguments: bytes
+) -> LedgerKey:
+    token_identifier = identity.token_identifier if identity is not None else None
+    return LedgerKey.of(session_id, request_id, token_identifier, path, arguments)
+
+
+def _into(future: "asyncio.Future[T]") -> Callable[[T], None]:
+    """Give a future its result, unless whoever waited for it is gone."""
+
+    def done(result: T) -> None:
+        if not future.done():
+            future.set_result(result)
+
+    return done

@@ -1,0 +1,359 @@
+"""The command line: `engine dev | serve | run | functions | admin-key`.
+
+Exit codes, those above 63 from `sysexits.h`, so that a supervisor knows what helps:
+
+     0  it worked
+     1  a function failed, or refused its arguments
+     2  the command was typed wrong
+    69  the database or the port is used by somebody else, or the server cannot answer now
+    70  a bug of the engine; the log says where
+    75  storage is in an unknown state: start again, and what was committed is there
+    78  `engine.toml`, `schema.py` or `functions/` is wrong; nothing was changed
+   130  interrupted
+
+Results go to standard output, everything else to standard error.
+
+The commands are click's: it has no dependencies, is stable since 2014 and kept by Pallets; Typer is a layer over a copy
+of it that brings pydantic along and is not at 1.0.
+"""
+
+import asyncio
+import importlib
+import inspect
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import click
+import msgspec
+import uvloop
+from aiohttp import web
+
+from engine.auth.admin import digest_of, identity_of_attributes, make_admin_key
+from engine.auth.development import DEVELOPMENT_ISSUER
+from engine.auth.providers import AuthProvider
+from engine.clock import Clock, SystemClock
+from engine.config import CONFIG_FILE, Config, Mode, load_config
+from engine.engine import Engine
+from engine.errors import (
+    AuthenticationFailed,
+    CommitUnknown,
+    ConfigError,
+    DeveloperError,
+    EngineError,
+    FunctionNotFound,
+    InternalError,
+    Overloaded,
+)
+from engine.functions.loader import load_app
+from engine.functions.registry import Function
+from engine.ids import IdOf
+from engine.live.live_query import Result
+from engine.observe.log import log_events, set_up_logging
+from engine.server.app import serving
+from engine.storage.connections import LockHolder, lock_holder
+from engine.sync.backend import ActionOutcome, MutationOutcome
+from engine.values import Int64
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNAVAILABLE = 69
+EXIT_INTERNAL = 70
+EXIT_STORAGE_UNKNOWN = 75
+EXIT_CONFIG = 78
+EXIT_INTERRUPTED = 130
+
+_ANSWER_SECONDS = 30  # beyond the longest action
+DEFAULT_DATABASE = Path("data") / "engine.db"
+_LATER_COMMANDS = {"dev": "engine.dev"}  # command → the module that has it under this name
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class CommandFailed(click.ClickException):
+    """A command that ends with a message and a code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"engine: {self.message}", file=file, err=file is None)
+
+
+class _Commands(click.Group):
+    """The commands, as they are defined; `dev` comes after this module in the layers, and is imported when asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*_LATER_COMMANDS, *self.commands]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in _LATER_COMMANDS:
+            command: click.Command = getattr(importlib.import_module(_LATER_COMMANDS[name]), name)
+            return command
+        return super().get_command(ctx, name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """The door of the command line: every error becomes a message and a code, here."""
+        try:
+            return super().invoke(ctx)
+        except EngineError as error:
+            raise CommandFailed(str(error), exit_code_of(error)) from error
+        except KeyboardInterrupt:
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+def exit_code_of(error: EngineError) -> int:
+    match error:
+        case CommitUnknown():
+            return EXIT_STORAGE_UNKNOWN
+        case InternalError():
+            return EXIT_INTERNAL
+        case DeveloperError():
+            return EXIT_CONFIG
+        case Overloaded():
+            return EXIT_UNAVAILABLE
+        case _:
+            return EXIT_FAILED
+
+
+def app_option(command: Command) -> Command:
+    kind = click.Path(exists=True, file_okay=False, path_type=Path)
+    return click.option(
+        "--app", type=kind, default=".", help="The directory of schema.py and functions/.  [default: this one]"
+    )(command)
+
+
+def database_option(command: Command) -> Command:
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--database", type=kind, help="The SQLite file.  [default: data/engine.db in the app]")(command)
+
+
+def address_options(command: Command) -> Command:
+    host = click.option("--host", help=f"Where to listen.  [default: 127.0.0.1, or that of {CONFIG_FILE}]")
+    port = click.option("--port", type=click.IntRange(0, 65_535), help="The port; 0 takes a free one.  [default: 3210]")
+    return host(port(command))
+
+
+def database_path(app: Path, database: Path | None) -> Path:
+    return database if database is not None else app / DEFAULT_DATABASE
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with `engine dev` in a directory that has schema.py and functions/.",
+)
+@click.version_option(package_name="reactive-engine", prog_name="engine")
+def main() -> None:
+    """A reactive backend: typed tables in SQLite, Python functions, live queries."""
+
+
+@main.command()
+@app_option
+@database_option
+@click.option("--identity", metavar="USER", help='Act as a user: a development subject, or JSON {"issuer", "subject", …}.')
+@click.argument("path")
+@click.argument("arguments", default="{}", metavar="[JSON]")
+def run(app: Path, database: Path | None, identity: str | None, path: str, arguments: str) -> None:
+    """Call the function PATH with the arguments in JSON (`-` reads them), and print its result.
+
+    It runs in the process that serves the database, if one does, else here. Internal functions may be called too.
+
+    \b
+    engine run games:list
+    engine run chat:get_messages '{"gameId": "…", "limit": 5}'
+    engine run users:me --identity alice
+    """
+    asked = _Asked(path, _parse_arguments(arguments), _parse_identity(identity))
+    database = database_path(app, database)
+    holder = lock_holder(database)
+    if holder is None:
+        outcome = _run_here(app, database, asked)
+    elif holder.address is None or holder.key is None:
+        raise CommandFailed(_in_use(database, holder), EXIT_UNAVAILABLE)
+    else:
+        limits = load_config(app).limits
+        outcome = _run_there(holder.address, holder.key, asked, seconds_max=limits.action_seconds_max)
+    for line in outcome.log_lines:
+        click.echo(line, err=True)
+    if outcome.error_message is not None:
+        data = "" if outcome.value is None else f"\n{_pretty(outcome.value)}"
+        raise CommandFailed(outcome.error_message + data, EXIT_FAILED)
+    assert outcome.value is not None, "a function that succeeded has a value"
+    click.echo(_pretty(outcome.value))
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """One call."""
+
+    path: str
+    arguments: bytes  # JSON of an object, in wire form
+    acting_as: dict[str, Any] | None  # attributes of a user
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    """What one call gave."""
+
+    value: bytes | None  # JSON in wire form; with an error its data, None if it has none
+    error_message: str | None
+    log_lines: tuple[str, ...]
+
+
+def _parse_arguments(text: str) -> bytes:
+    try:
+        arguments = json.loads(sys.stdin.read() if text == "-" else text)
+    except (ValueError, RecursionError) as cause:
+        raise click.BadParameter(f"not JSON: {cause}", param_hint="JSON") from cause
+    if not isinstance(arguments, dict):
+        raise click.BadParameter('expected an object of arguments by name: {"limit": 5}', param_hint="JSON")
+    return json.dumps(arguments).encode()
+
+
+def _parse_identity(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    if not text.startswith("{"):
+        return {"issuer": DEVELOPMENT_ISSUER, "subject": text}
+    try:
+        attributes: dict[str, Any] = json.loads(text)
+        identity_of_attributes(attributes)
+    except (ValueError, RecursionError, AuthenticationFailed) as cause:
+        raise click.BadParameter(str(cause), param_hint="--identity") from cause
+    return attributes
+
+
+def _pretty(value: bytes) -> str:
+    """Indented, and with numbers as JavaScript prints them: `1`, not `1.0`."""
+    return json.dumps(_plain_numbers(json.loads(value)), indent=2, ensure_ascii=False)
+
+
+def _plain_numbers(value: Any) -> Any:
+    match value:
+        case float():
+            return int(value) if value.is_integer() and abs(value) <= 2**53 else value
+        case dict():
+            return {name: _plain_numbers(member) for name, member in value.items()}
+        case list():
+            return [_plain_numbers(item) for item in value]
+        case _:
+            return value
+
+
+def _in_use(database: Path, holder: LockHolder) -> str:
+    return f"{database} is in use by process {holder.pid or '(starting)'}, which does not serve. Try again when it is done."
+
+
+def _run_there(address: str, key: str, asked: _Asked, *, seconds_max: float) -> _Outcome:
+    """By the process that serves the database."""
+    authorization = f"Convex {key}"
+    if asked.acting_as is not None:
+        authorization += f":{b64encode(json.dumps(asked.acting_as).encode()).decode()}"
+    body = b'{"path":%b,"format":"convex_encoded_json","args":%b}' % (json.dumps(asked.path).encode(), asked.arguments)
+    request = urllib.request.Request(  # noqa: S310 - the address stands in our own lock file
+        f"{address}/api/function", body, {"Content-Type": "application/json", "Authorization": authorization}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on this machine
+    try:
+        with opener.open(request, timeout=seconds_max + _ANSWER_SECONDS) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as refusal:
+        with refusal:
+            raise _refused(refusal.code, refusal.read()) from refusal
+    except OSError as cause:
+        raise CommandFailed(f"{address} does not answer: {cause}", EXIT_UNAVAILABLE) from cause
+    value = answer.get("value") if answer["status"] == "success" else answer.get("errorData")
+    return _Outcome(
+        value=None if answer["status"] != "success" and "errorData" not in answer else json.dumps(value).encode(),
+        error_message=None if answer["status"] == "success" else answer["errorMessage"],
+        log_lines=tuple(answer.get("logLines", ())),
+    )
+
+
+def _refused(status: int, body: bytes) -> CommandFailed:
+    try:
+        message = str(json.loads(body)["message"])
+    except (ValueError, TypeError, KeyError):
+        message = body[:200].decode(errors="replace")
+    exit_code = {400: EXIT_FAILED, 413: EXIT_FAILED, 500: EXIT_INTERNAL}.get(status, EXIT_UNAVAILABLE)
+    return CommandFailed(f"refused ({status}): {message}", exit_code)
+
+
+@main.command()
+@app_option
+@click.option("--internal/--no-internal", "with_internal", default=True, help="Also those that clients cannot call.")
+def functions(app: Path, with_internal: bool) -> None:
+    """List the app's functions: path, kind, and arguments with their types.
+
+    No database is opened: this also checks that schema.py and functions/ are in order.
+
+    \b
+    engine functions
+    engine functions --app examples/chat --no-internal
+    """
+    registry = load_app(app, load_config(app).limits).registry
+    shown = [function for function in registry.by_path.values() if with_internal or not function.is_internal]
+    rows = [(function.path, function.kind, describe(function)) for function in sorted(shown, key=lambda f: f.path)]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    for path, kind, text in rows:
+        click.echo(f"{path:{widths[0]}}  {kind:{widths[1]}}  {text}")
+
+
+def describe(function: Function) -> str:
+    """`(game_id: Id[Game], limit: int = 50) -> list[ChatMessage]  [internal, each 60 s]`"""
+    hints = get_type_hints(function.callable, include_extras=True)
+    parameters = list(inspect.signature(function.callable).parameters.values())[1:]
+    arguments = ", ".join(
+        f"{parameter.name}: {type_name(hints[parameter.name])}"
+        + ("" if parameter.default is parameter.empty else f" = {parameter.default!r}")
+        for parameter in parameters
+    )
+    result = f" -> {type_name(hints['return'])}" if "return" in hints else ""
+    marks = ["internal"] if function.is_internal else []
+    if function.cron is not None:
+        interval_ms = function.cron.interval_ms
+        marks.append(f"cron {function.cron.expression}" if interval_ms is None else f"each {interval_ms / 1_000:g} s")
+    return f"({arguments}){result}" + (f"  [{', '.join(marks)}]" if marks else "")
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation as its author wrote it."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation == Int64:
+        return "Int64"
+    if annotation in (None, NoneType):
+        return "None"
+    if origin is Annotated:
+        ids = [repr(mark) for mark in parts[1:] if isinstance(mark, IdOf)]
+        return ids[0] if ids else type_name(parts[0])
+    if origin is Literal:
+        return " | ".join(repr(part) for part in parts)
+    if origin in (Union, UnionType):
+        return " | ".join(type_name(part) for part in parts)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join('…' if part is ... else type_name(part) for part in parts)}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+@main.command("admin-key")
+def admin_key() -> None:
+    """Make an admin key, and the line of engine.toml that accepts it.
+
+    The key is shown once; the engine keeps only its SHA-256. To replace a key, list the new digest beside the old one,
+    start again, change over, and take the old one out.
+    """
+    key = make_admin_key(SystemClock())
+    click.echo("Keep this key; clients send it as `Authorization: Convex <key>`:\n", err=True)
+    click.echo(key)
+    click.echo(f'\nand put this into {CONFIG_FILE}:\n\n[admin]\nkey_sha256 = ["{digest_of(key)}"]', err=True)

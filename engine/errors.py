@@ -1,0 +1,191 @@
+"""Every error that the engine raises, and whom it concerns.
+
+    EngineError
+    ├── RequestError              the asker's: clear, cheap, never logged as an error; its message reaches the client
+    │   ├── InvalidArgument       an argument is wrong, missing or unknown
+    │   ├── FunctionNotFound      no public function has this path (also: it is internal, or of another kind)
+    │   ├── LimitExceeded         the run passed a bound of `limits.py`; the same request will fail again
+    │   ├── InvalidCursor         a pagination cursor that this query did not make
+    │   ├── AuthenticationFailed  a credential was refused
+    │   ├── Forbidden             this caller may not do that
+    │   ├── RequestIdReused       a (session id, request id) was used for another request before
+    │   ├── Overloaded            a bound of the whole engine: try again
+    │   │   └── StorageFull       the disk is full: reads go on, writes fail until there is room
+    │   └── EngineClosed          the engine is closing: connect again
+    ├── AppError                  the app's, raised on purpose: its data reaches the client
+    ├── AppFault                  the app's mistakes, as a function meets them; redacted in production
+    │   ├── DocumentNotFound      patch, replace or delete of a document that is not there
+    │   ├── UniqueViolation       a write would put a second document at one key of a `unique(...)`
+    │   ├── NotUnique             `.unique()` met a second document
+    │   ├── InvalidDocument       a document does not fit its table
+    │   ├── InvalidResult         a function returned what its annotation or the protocol does not allow
+    │   ├── FunctionMisuse        a function did what its kind may not: I/O in a query, a write from a query
+    │   └── FunctionFailed        any other exception in a function; the cause is the app's own exception
+    ├── DeveloperError            found at start or reload: nothing was changed
+    │   ├── SchemaError           `schema.py` is wrong, or existing rows do not fit it
+    │   ├── RegistryError         a module of `functions/` is wrong
+    │   └── ConfigError           `engine.toml` or a command-line option is wrong
+    └── InternalError             ours: a bug, or storage that cannot be trusted; the process stops
+        └── CommitUnknown         COMMIT failed in a way that says nothing about the disk; nothing was answered
+
+`code` is stable: clients and tests match on it, never on the text. A message has the thing, its value, the bound
+and what to do.
+"""
+
+from typing import Any, ClassVar
+
+
+class EngineError(Exception):
+    """The root of every error of the engine."""
+
+    code: ClassVar[str] = "EngineError"
+
+
+class RequestError(EngineError):
+    """The asker's error: the request is wrong or cannot be served now."""
+
+    code = "RequestError"
+
+
+class InvalidArgument(RequestError):
+    code = "InvalidArgument"
+
+
+class FunctionNotFound(RequestError):
+    """Unknown, internal and wrong-kind functions give one error, so that names cannot be probed."""
+
+    code = "FunctionNotFound"
+
+    def __init__(self, path: str, kind: str) -> None:
+        super().__init__(f"Could not find public {kind} function for '{path}'. `engine functions` lists what there is.")
+
+
+class LimitExceeded(RequestError):
+    """A run passed one of `limits.py`; the same request will fail again."""
+
+    code = "LimitExceeded"
+
+    def __init__(self, what: str, *, used: int | float, allowed: int | float, remedy: str) -> None:
+        super().__init__(f"{what}: {used:,} used, {allowed:,} allowed. {remedy}")
+
+
+class InvalidCursor(RequestError):
+    """A cursor or journal of another query, or a damaged one; client hooks start again from the first page."""
+
+    code = "InvalidCursor"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"InvalidCursor: {reason}. Start again from the first page (cursor: null).")
+
+
+class AuthenticationFailed(RequestError):
+    code = "AuthenticationFailed"
+
+
+class Forbidden(RequestError):
+    code = "Forbidden"
+
+
+class RequestIdReused(RequestError):
+    code = "RequestIdReused"
+
+
+class Overloaded(RequestError):
+    """The engine as a whole has no room for this now; trying again is right."""
+
+    code = "Overloaded"
+
+
+class StorageFull(Overloaded):
+    code = "StorageFull"
+
+
+class EngineClosed(RequestError):
+    code = "EngineClosed"
+
+
+class AppError(EngineError):
+    """Raise it in a function to tell the client something: `raise AppError({"code": "EMPTY_MESSAGE"})`.
+
+    `data` is any value that the wire knows (`values.py`). Official clients get it as `ConvexError.data`, also in
+    production.
+    """
+
+    code = "AppError"
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(data)
+        self.data = data
+
+
+class AppFault(EngineError):
+    """A mistake in the app's code or in how it uses its tables; the client sees it only in development."""
+
+    code = "AppFault"
+
+
+class DocumentNotFound(AppFault):
+    code = "DocumentNotFound"
+
+    def __init__(self, table: str, document_id: str, operation: str) -> None:
+        super().__init__(f"{operation} {table}: there is no document {document_id!r}. `get` gives None for a missing one.")
+
+
+class UniqueViolation(AppFault):
+    code = "UniqueViolation"
+
+    def __init__(self, table: str, index: str, values: dict[str, Any]) -> None:
+        super().__init__(f"{table}.{index}: a document with {values!r} is there already. Patch that one, or use other values.")
+        self.table, self.index, self.values = table, index, values
+
+
+class NotUnique(AppFault):
+    code = "NotUnique"
+
+
+class InvalidDocument(AppFault):
+    code = "InvalidDocument"
+
+
+class InvalidResult(AppFault):
+    code = "InvalidResult"
+
+
+class FunctionMisuse(AppFault):
+    code = "FunctionMisuse"
+
+
+class FunctionFailed(AppFault):
+    """A function raised an exception of its own; `__cause__` is that exception."""
+
+    code = "FunctionFailed"
+
+
+class DeveloperError(EngineError):
+    """The app directory is wrong; found before anything was changed."""
+
+    code = "DeveloperError"
+
+
+class SchemaError(DeveloperError):
+    code = "SchemaError"
+
+
+class RegistryError(DeveloperError):
+    code = "RegistryError"
+
+
+class ConfigError(DeveloperError):
+    code = "ConfigError"
+
+
+class InternalError(EngineError):
+    """A bug of the engine, or storage that cannot be trusted any more."""
+
+    code = "InternalError"
+
+
+class CommitUnknown(InternalError):
+    """COMMIT failed and may or may not be on disk: only a restart can tell (the ledger decides)."""
+
+    code = "CommitUnknown"

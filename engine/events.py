@@ -1,0 +1,79 @@
+"""What happened, for whoever listens: tests, logs and metrics.
+
+Emitting costs one truth test while nobody listens: `if events.listeners: events.emit(Committed(...))`.
+A listener must not raise and must not call back into the engine.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True):
+    """The base of all events."""
+
+
+class Committed(Event, frozen=True):
+    ts: int  # newest commit timestamp of the group
+    mutation_count: int  # mutations that this COMMIT made durable
+    write_count: int  # documents that it changed
+
+
+class QueryRan(Event, frozen=True):
+    path: str
+    ts: int  # the snapshot that it read
+
+
+class ResultUnchanged(Event, frozen=True):
+    """A live query ran again and its bytes are equal: nobody is told."""
+
+    path: str
+    ts: int
+
+
+class ResultChanged(Event, frozen=True):
+    path: str
+    ts: int
+
+
+class MutationRan(Event, frozen=True):
+    path: str
+    committed: bool
+
+
+class ActionRan(Event, frozen=True):
+    path: str
+    succeeded: bool
+
+
+class FunctionFaulted(Event, frozen=True):
+    """A function failed by its own mistake; the log has the traceback under `request_id`."""
+
+    path: str
+    request_id: str
+    error: BaseException
+
+
+class CodeReloaded(Event, frozen=True):
+    function_count: int
+
+
+class JobFinished(Event, frozen=True):
+    path: str
+    state: str
+
+
+class Events:
+    """The listeners of one engine."""
+
+    def __init__(self) -> None:
+        self.listeners: list[Callable[[Event], None]] = []
+
+    def listen(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `listener` for each event from now on; the returned function ends that."""
+        self.listeners.append(listener)
+        return lambda: self.listeners.remove(listener)
+
+    def emit(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)

@@ -1,0 +1,205 @@
+"""The decorators, and the app's functions by their paths.
+
+Invariants
+  1. A registry is immutable: a reload makes another one and swaps it whole.
+  2. `snake_case` and `camelCase` name the same function; no two functions of an app meet in one name.
+  3. A path from a client is only ever looked up in a dict, never imported.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from types import ModuleType
+from typing import Any, Literal, TypeVar, overload
+
+import msgspec
+from cronsim import CronSim, CronSimError
+
+from engine.errors import FunctionNotFound, RegistryError
+from engine.functions.arguments import Signature, compile_signature
+from engine.limits import Limits
+from engine.values import compile_decoder, compile_encoder
+
+FunctionKind = Literal["query", "mutation", "action"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DECLARED = "__engine_function__"
+_CRON = "__engine_cron__"
+
+
+class Declared(msgspec.Struct, frozen=True):
+    """What a decorator says of a function; the registry does the rest when the module is loaded."""
+
+    kind: FunctionKind
+    is_internal: bool
+
+
+class Cron(msgspec.Struct, frozen=True):
+    """When a function runs by itself: every so many ms, or at the times of an expression (UTC)."""
+
+    interval_ms: int | None = None
+    expression: str | None = None
+
+    def next_ms(self, after_ms: float) -> float:
+        """The first time to run strictly after the given one; intervals are counted from the epoch."""
+        if self.interval_ms is not None:
+            return (after_ms // self.interval_ms + 1) * self.interval_ms
+        assert self.expression is not None
+        return next(CronSim(self.expression, _utc(after_ms))).timestamp() * 1000
+
+
+class Function(msgspec.Struct, frozen=True, eq=False):
+    """One function of the app, compiled."""
+
+    path: str  # `chat:get_messages`
+    kind: FunctionKind
+    is_internal: bool
+    callable: Callable[..., Any]
+    signature: Signature
+    encode_result: Callable[[Any], bytes]  # checks the return annotation; raises InvalidResult
+    decode_result: Callable[[bytes], Any]  # the inverse, for callers in this process
+    cron: Cron | None
+
+
+@overload
+def query(function: F, /) -> F: ...
+@overload
+def query(*, internal: bool = False) -> Callable[[F], F]: ...
+def query(function: F | None = None, /, *, internal: bool = False) -> F | Callable[[F], F]:
+    """A function that reads: its subscribers always hold what it would return now. It must be deterministic."""
+    return _declare("query", function, internal)
+
+
+@overload
+def mutation(function: F, /) -> F: ...
+@overload
+def mutation(*, internal: bool = False) -> Callable[[F], F]: ...
+def mutation(function: F | None = None, /, *, internal: bool = False) -> F | Callable[[F], F]:
+    """A function that reads and writes as one transaction: all of it happens, exactly once, or nothing."""
+    return _declare("mutation", function, internal)
+
+
+@overload
+def action(function: F, /) -> F: ...
+@overload
+def action(*, internal: bool = False) -> Callable[[F], F]: ...
+def action(function: F | None = None, /, *, internal: bool = False) -> F | Callable[[F], F]:
+    """A function that may talk to the world; it reaches the database through queries and mutations."""
+    return _declare("action", function, internal)
+
+
+def cron(
+    expression: str | None = None, /, *, seconds: float = 0, minutes: float = 0, hours: float = 0
+) -> Callable[[F], F]:
+    """Run an internal mutation or action by itself: `@cron(minutes=1)`, or `@cron("0 3 * * *")` in UTC."""
+    interval_ms = round(timedelta(seconds=seconds, minutes=minutes, hours=hours) / timedelta(milliseconds=1))
+    if (expression is None) == (interval_ms == 0) or interval_ms < 0:
+        raise RegistryError('cron takes an expression ("0 3 * * *") or an interval (minutes=1), and one of them.')
+    if expression is None and interval_ms < 1000:
+        raise RegistryError(f"cron: an interval of {interval_ms} ms; at least 1,000 ms are needed.")
+    if expression is not None:
+        try:
+            CronSim(expression, _utc(0))
+        except CronSimError as error:
+            raise RegistryError(f"cron: {expression!r} is not a 5-field cron expression: {error}.") from error
+    when = Cron(expression=expression) if expression is not None else Cron(interval_ms=interval_ms)
+
+    def mark(function: F) -> F:
+        setattr(function, _CRON, when)
+        return function
+
+    return mark
+
+
+class Registry:
+    """Every function of one version of the app."""
+
+    def __init__(self, functions: Iterable[Function]) -> None:
+        self.by_path: dict[str, Function] = {}
+        self._by_name: dict[str, Function] = {}  # both spellings
+        self._by_callable: dict[Callable[..., Any], Function] = {}
+        for function in functions:
+            for name in {function.path, camel_path(function.path)}:
+                if (other := self._by_name.setdefault(name, function)) is not function:
+                    raise RegistryError(
+                        f"{function.path} and {other.path} are the same name to clients ({name}). Rename one of them."
+                    )
+            self.by_path[function.path] = function
+            self._by_callable[function.callable] = function
+
+    def public(self, path: str, kind: FunctionKind) -> Function:
+        """The function that a client may call by this path, in any spelling of section 10 of the protocol page."""
+        function = self._find(path)
+        if function is None or function.kind != kind or function.is_internal:
+            raise FunctionNotFound(path, kind)
+        return function
+
+    def any(self, target: str | Callable[..., Any], kinds: tuple[FunctionKind, ...]) -> Function:
+        """The function that app code or an operator names by itself or by its path; internal ones too."""
+        function = self._find(target) if isinstance(target, str) else self._by_callable.get(target)
+        if function is None or function.kind not in kinds:
+            name = target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
+            raise FunctionNotFound(name, " or ".join(kinds))
+        return function
+
+    def _find(self, path: str) -> Function | None:
+        if (function := self._by_name.get(path)) is not None:
+            return function
+        module, _, name = path.rpartition(":")
+        if not module:
+            module, name = path, "default"
+        return self._by_name.get(f"{module.removesuffix('.js')}:{name}")
+
+
+def functions_of(
+    modules: Mapping[str, ModuleType], *, limits: Limits, tags: Callable[[str], str]
+) -> list[Function]:
+    """The decorated functions of the app's modules; `modules` maps `live/quiz` to the module."""
+    found = []
+    for module_path, module in modules.items():
+        for name, value in vars(module).items():
+            declared = getattr(value, _DECLARED, None)
+            # a function that another module imports is registered where it is defined
+            if not isinstance(declared, Declared) or value.__module__ != module.__name__:
+                continue
+            found.append(_compile(f"{module_path}:{name}", value, declared, limits, tags))
+    return found
+
+
+def camel_path(path: str) -> str:
+    """`watch_progress:get_progress` as JavaScript writes it."""
+    return re.sub(r"(?<=[A-Za-z0-9])_+([A-Za-z0-9])", lambda match: match[1].upper(), path)
+
+
+def _compile(
+    path: str, function: Callable[..., Any], declared: Declared, limits: Limits, tags: Callable[[str], str]
+) -> Function:
+    when = getattr(function, _CRON, None)
+    if when is not None and (declared.kind == "query" or not declared.is_internal):
+        raise RegistryError(f"{path}: @cron stands above an internal mutation or action: @mutation(internal=True).")
+    signature = compile_signature(function, limits=limits, tags=tags)
+    decode = compile_decoder(signature.return_type, limits=limits, tags=tags)
+    return Function(
+        path=path,
+        kind=declared.kind,
+        is_internal=declared.is_internal,
+        callable=function,
+        signature=signature,
+        encode_result=compile_encoder(signature.return_type, limits=limits),
+        decode_result=lambda payload: decode(msgspec.json.decode(payload)),
+        cron=when,
+    )
+
+
+def _declare(kind: FunctionKind, function: F | None, is_internal: bool) -> F | Callable[[F], F]:
+    def mark(target: F) -> F:
+        if not callable(target):
+            raise RegistryError(f"@{kind} stands above a function, not above {target!r}.")
+        setattr(target, _DECLARED, Declared(kind, is_internal))
+        return target
+
+    return mark if function is None else mark(function)
+
+
+def _utc(ms: float) -> datetime:
+    return datetime.fromtimestamp(ms / 1000, UTC)

@@ -1,0 +1,288 @@
+"""One run of a function: its time, its tracked reads, its log lines; and how a run is driven and stopped.
+
+    driven ──returns──> ended
+       │ passes run_slow_ms at a `ctx.db` call: a query on the shared snapshot is abandoned (RanLong) and starts again
+       │ cooperatively, where the same call pauses it instead
+       │ waits for anything else: FunctionMisuse
+       └ passes run_ms_max: RunTimedOut, at its next `ctx.db` call or injected by the watchdog into a pure loop
+
+Invariants
+  1. A run changes only its own state and its transaction, both thrown away whole when it is stopped.
+  2. The watchdog injects only while the marker says that a function is being driven; setting, clearing and injecting
+     happen under one lock, and clearing withdraws what was not delivered yet.
+  3. `ctx` is dead once its function has returned.
+"""
+
+import ctypes
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from inspect import isawaitable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from engine.clock import cpu_clock
+from engine.errors import FunctionMisuse
+from engine.functions.pages import CursorSeal, fingerprint_of
+from engine.identity import PRESENT, Identity, Part, part_of
+from engine.limits import Limits
+from engine.ranges import IndexRange
+
+if TYPE_CHECKING:
+    from engine.functions.arguments import Arguments
+    from engine.functions.registry import Function
+
+_cpu = cpu_clock()
+_WATCHDOG_PERIOD_SECONDS = 0.05
+
+
+class RunStopped(BaseException):
+    """Ends a run from outside; not an Exception, so that `except Exception` in a function does not swallow it."""
+
+
+class RunTimedOut(RunStopped):
+    """The run held the loop for run_ms_max."""
+
+
+class RanLong(RunStopped):
+    """A query passed run_slow_ms on the shared snapshot: it starts again where it can pause."""
+
+
+class Run:
+    """The state of one run, shared by the nested queries and mutations in it."""
+
+    def __init__(
+        self,
+        function: "Function",
+        arguments: "Arguments",
+        identity: Identity | None,
+        limits: Limits,
+        *,
+        cursor_secret: bytes = b"",
+        journal: str | None = None,
+        may_run_long: bool,
+        is_cooperative: bool = False,
+    ) -> None:
+        self.function, self.arguments, self.limits = function, arguments, limits
+        self.parts: dict[Part, Any] = {}  # what was read of the identity, and what it was
+        self.log_lines: list[str] = []
+        self.depth = 0
+        self.journal = journal  # the end of the page; set anew by end_page
+        self._identity = identity
+        self._tracked_identity: Identity | None = None
+        self._cursor_secret = cursor_secret
+        self._has_page = False
+        self._is_open = True
+        now = _cpu()
+        self._deadline = now + limits.run_ms_max / 1000
+        self._slow_at = self._deadline if may_run_long else now + limits.run_slow_ms / 1000
+        self._is_cooperative = is_cooperative
+        self._pause_at = now + limits.run_slow_ms / 1000
+
+    # -- time
+
+    def check_deadline(self) -> None:
+        """Called by the transaction at every operation."""
+        now = _cpu()
+        if now > self._slow_at:
+            raise RunTimedOut if now > self._deadline else RanLong
+        if not self._is_open:
+            self.check_open()
+
+    @property
+    def wants_pause(self) -> bool:
+        return self._is_cooperative and _cpu() > self._pause_at
+
+    async def pause(self) -> None:
+        """Leave the loop to others; the time away does not count."""
+        left_at = _cpu()
+        await _Pause()
+        now = _cpu()
+        self._deadline += now - left_at
+        self._slow_at += now - left_at
+        self._pause_at = now + self.limits.run_slow_ms / 1000
+
+    def check_open(self) -> None:
+        """Invariant 3."""
+        if not self._is_open:
+            raise FunctionMisuse(
+                f"{self.function.path}: ctx was used after the function had returned; await everything before."
+            )
+
+    def close(self) -> None:
+        self._is_open = False
+
+    # -- identity
+
+    def identity(self) -> Identity | None:
+        """Who asks, tracked: what is read of it decides who shares the result."""
+        identity = self._identity
+        self.parts[PRESENT] = identity is not None
+        if identity is not None and self._tracked_identity is None:
+            self._tracked_identity = identity.tracked(self._read_part)
+        return self._tracked_identity
+
+    @property
+    def untracked_identity(self) -> Identity | None:
+        """For passing on, never for showing to the function."""
+        return self._identity
+
+    def _read_part(self, part: Part) -> None:
+        if part not in self.parts:
+            self.parts[part] = part_of(self._identity, part)
+
+    # -- pages
+
+    def begin_page(self) -> str | None:
+        """The journal for the one page of this run."""
+        if self._has_page:
+            raise FunctionMisuse(
+                f"{self.function.path}: a second paginate in one run; a page's end is remembered per query. "
+                "Make two queries of it."
+            )
+        self._has_page = True
+        return self.journal
+
+    def end_page(self, continue_cursor: str) -> None:
+        self.journal = continue_cursor
+
+    def cursor_seal(self, index: str, index_range: IndexRange, *, descending: bool) -> CursorSeal:
+        values = self.arguments.values
+        return CursorSeal(
+            self._cursor_secret,
+            fingerprint_of(self.function.path, values, index_range, index, descending=descending),
+        )
+
+    # -- log
+
+    def log(self, level: str, parts: tuple[object, ...]) -> None:
+        """Keep one line for the client (in development) and for whoever called."""
+        limits = self.limits
+        if len(self.log_lines) == limits.log_line_count_max:
+            self.log_lines.append(f"[WARN] more than {limits.log_line_count_max} log lines; the rest is not kept")
+        elif len(self.log_lines) < limits.log_line_count_max:
+            text = " ".join(map(str, parts))
+            self.log_lines.append(f"[{level}] {text[: limits.log_line_size_bytes_max]}")
+
+
+class _Pause:
+    """Awaiting it hands PAUSE to whoever drives the coroutine."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield PAUSE
+
+
+PAUSE = object()
+
+
+class Watchdog:
+    """Stops a function that loops without ever calling `ctx.db`.
+
+    A thread looks 20 times a second; a run costs two lock operations. It cannot break a blocking C call: that run
+    fails when the call returns.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._run_seconds_max = limits.run_ms_max / 1000
+        self._lock = threading.Lock()
+        self._driven_since: float | None = None  # the marker (invariant 2)
+        self._was_injected = False
+        self._loop_thread_id = threading.get_ident()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="engine-watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._driven_since = _cpu()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._leave()
+        except RunTimedOut:  # delivered just here: the marker must be cleared all the same
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._driven_since = None
+            if self._was_injected:
+                self._was_injected = False
+                _inject(self._loop_thread_id, None)  # withdraws it if it was not delivered
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_WATCHDOG_PERIOD_SECONDS):
+            with self._lock:
+                since = self._driven_since
+                if since is not None and not self._was_injected and _cpu() - since > self._run_seconds_max:
+                    self._was_injected = True
+                    _inject(self._loop_thread_id, RunTimedOut)
+
+
+def _inject(thread_id: int, error: type[BaseException] | None) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread_id), ctypes.py_object(error) if error is not None else None
+    )
+
+
+def drive(watchdog: Watchdog, run: Run, start: Callable[[], Any]) -> Any:
+    """Call a function and run what it returns to its end, without a task: `ctx.db` never really waits."""
+    coroutine: Any = None
+    try:
+        with watchdog:
+            coroutine = start()
+            if not isawaitable(coroutine):
+                return coroutine
+            coroutine = coroutine.__await__()
+            next(coroutine)
+    except StopIteration as stop:
+        return stop.value
+    _abandon(watchdog, coroutine)
+    raise _waited(run)
+
+
+async def drive_cooperatively(watchdog: Watchdog, run: Run, start: Callable[[], Any], turn: Callable[[], Awaitable[None]]) -> Any:
+    """As `drive`, but each pause of the run gives the loop a turn."""
+    coroutine: Any = None
+    try:
+        with watchdog:
+            coroutine = start()
+            if not isawaitable(coroutine):
+                return coroutine
+            coroutine = coroutine.__await__()
+        while True:
+            with watchdog:
+                yielded = next(coroutine)
+            if yielded is not PAUSE:
+                break
+            await turn()
+    except StopIteration as stop:
+        return stop.value
+    except BaseException:
+        _abandon(watchdog, coroutine)
+        raise
+    _abandon(watchdog, coroutine)
+    raise _waited(run)
+
+
+def _abandon(watchdog: Watchdog, coroutine: Any) -> None:
+    """Close a coroutine that will not be driven on; what its `finally` blocks raise is part of the abandoned run."""
+    close = getattr(coroutine, "close", None)
+    if close is None:
+        return
+    try:
+        with watchdog:
+            close()
+    except (Exception, RunStopped):  # noqa: S110 - the run has failed already, with a better error
+        pass
+
+
+def _waited(run: Run) -> FunctionMisuse:
+    kind = run.function.kind
+    return FunctionMisuse(
+        f"{run.function.path}: a {kind} waited for something that is not ctx.db (I/O, a sleep, another task). "
+        "Queries and mutations are deterministic and do no I/O of their own; an @action may."
+    )

@@ -1,0 +1,94 @@
+"""`ctx.scheduler`: putting work into the job table. `scheduler.py` takes it from there."""
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from engine.errors import FunctionMisuse, LimitExceeded
+from engine.functions.calls import Call, Transactions
+from engine.functions.context import FunctionReference
+from engine.functions.jobs import ScheduledJob
+from engine.functions.run import Run
+from engine.transaction.transaction import WriteTransaction
+
+if TYPE_CHECKING:
+    from engine.functions.runner import Runner
+
+
+class _Scheduler:
+    def __init__(self, runner: "Runner", run: Run) -> None:
+        self._runner, self._run = runner, run
+        self._count, self._size_bytes = 0, 0
+
+    def _job(self, function: FunctionReference, arguments: dict[str, Any], due_at: float) -> ScheduledJob:
+        self._run.check_open()
+        call: Call = self._runner.call_of(function, ("mutation", "action"), arguments)
+        encoded = call.function.signature.to_wire_bytes(call.arguments)
+        self._count += 1
+        self._size_bytes += len(encoded)
+        limits = self._run.limits
+        for what, used, allowed, name in (
+            ("jobs scheduled by one run", self._count, limits.schedule_count_max, "schedule_count_max"),
+            ("bytes of arguments scheduled by one run", self._size_bytes, limits.schedule_size_bytes_max,
+             "schedule_size_bytes_max"),
+        ):  # fmt: skip
+            if used > allowed:
+                raise LimitExceeded(
+                    what, used=used, allowed=allowed, remedy=f"Schedule a job that schedules more, or raise limits.{name}."
+                )
+        return ScheduledJob(path=call.function.path, arguments=encoded, due_at=due_at)
+
+
+class MutationScheduler(_Scheduler):
+    """Of a mutation: jobs are rows of the same transaction."""
+
+    def __init__(self, runner: "Runner", run: Run, transaction: WriteTransaction, now: float) -> None:
+        super().__init__(runner, run)
+        self._transaction, self._now = transaction, now
+
+    async def run_after(self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any) -> str:
+        return await self.run_at(self._now + _delay_ms(delay), function, **arguments)
+
+    async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> str:
+        return self._transaction.insert(self._job(function, arguments, float(when_ms)))
+
+    async def cancel(self, job_id: str) -> None:
+        self._run.check_open()
+        cancel_job(self._transaction, job_id)
+
+
+class ActionScheduler(_Scheduler):
+    """Of an action: each call is a commit of its own."""
+
+    def __init__(self, runner: "Runner", run: Run, transactions: Transactions) -> None:
+        super().__init__(runner, run)
+        self._transactions = transactions
+
+    async def run_after(self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any) -> str:
+        delay_ms = _delay_ms(delay)
+        job = self._job(function, arguments, 0.0)
+        return await self._transactions.write(
+            lambda transaction, now: transaction.insert(msgspec.structs.replace(job, due_at=now + delay_ms))
+        )
+
+    async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> str:
+        job = self._job(function, arguments, float(when_ms))
+        return await self._transactions.write(lambda transaction, now: transaction.insert(job))
+
+    async def cancel(self, job_id: str) -> None:
+        await self._transactions.write(lambda transaction, now: cancel_job(transaction, job_id))
+
+
+def cancel_job(transaction: WriteTransaction, job_id: str) -> None:
+    """Cancel a job that is still to come."""
+    job = cast("ScheduledJob | None", transaction.get(job_id))
+    if job is not None and job.state == "pending":
+        transaction.patch(job_id, {"state": "cancelled", "finished_at": job.due_at})
+
+
+def _delay_ms(delay: float | timedelta) -> float:
+    delay_ms = delay / timedelta(milliseconds=1) if isinstance(delay, timedelta) else float(delay)
+    if not 0 <= delay_ms < 1e15:
+        raise FunctionMisuse(f"run_after: a delay of {delay!r}; 0 ms or more.")
+    return delay_ms

@@ -1,0 +1,72 @@
+"""Every bound of the engine, in one place, each with its reason.
+
+Each is set under `[limits]` in `engine.toml` by the name it has here. Names end in the unit.
+"""
+
+import msgspec
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The bounds of one engine; immutable while it runs."""
+
+    # -- one run of a query or mutation: the values of Convex, so that apps move over unchanged
+    run_ms_max: int = 1_000  # a run holds the loop: longer ones freeze everybody
+    run_slow_ms: int = 5  # a query past this leaves the loop to others at each `ctx.db` call
+    read_document_count_max: int = 32_000
+    read_size_bytes_max: int = 16 << 20
+    read_range_count_max: int = 4_096  # each range is an entry of the invalidation index
+    write_document_count_max: int = 16_000
+    write_size_bytes_max: int = 16 << 20
+    schedule_count_max: int = 1_000  # jobs one run may schedule
+    schedule_size_bytes_max: int = 16 << 20  # arguments of all of them
+    nesting_depth_max: int = 8  # run_query in run_query in …
+    log_line_count_max: int = 256  # per run; the rest is counted, not kept
+    log_line_size_bytes_max: int = 4_096
+    action_seconds_max: int = 600
+
+    # -- values
+    arguments_size_bytes_max: int = 8 << 20
+    result_size_bytes_max: int = 8 << 20
+    document_size_bytes_max: int = 1 << 20
+    document_depth_max: int = 16
+    value_depth_max: int = 64  # arguments and results: deeper JSON costs stack, not data
+    object_field_count_max: int = 1_024
+    array_item_count_max: int = 8_192
+    field_name_length_max: int = 64
+    object_key_length_max: int = 1_024  # clients refuse longer keys in a result
+
+    # -- one connection
+    query_count_max: int = 1_000  # subscriptions of one session
+    mutation_queue_count_max: int = 256  # then reading from that socket pauses
+    action_concurrent_count_max: int = 16
+    message_size_bytes_max: int = 32 << 20  # below this a client resends for ever what we close on
+    message_before_connect_size_bytes_max: int = 64 << 10
+    send_buffer_high_water_bytes: int = 64 << 10  # past it the session lags and skips to the newest state
+    send_stuck_seconds_max: int = 30
+    transition_size_bytes_max: int = 15 << 20  # the PyPI client drops a frame of 16 MiB
+    ping_interval_seconds: int = 15
+    heartbeat_interval_seconds: int = 20  # WebSocket-level; a dead peer is gone after 1.5 ×
+    connect_wait_seconds_max: int = 300  # official clients wait for a token before they say anything
+    unconnected_count_max: int = 1_000
+    connection_count_max: int = 20_000
+    authentication_failure_count_max: int = 10
+
+    # -- the whole engine
+    group_commit_ms_max: int = 2  # how long mutations join one commit while others wait
+    group_commit_count_max: int = 512
+    mutation_pending_count_max: int = 20_000  # all sessions together; past it: Overloaded
+    result_cache_size_bytes: int = 64 << 20  # results that nobody watches at the moment
+    result_cache_count_max: int = 10_000
+    wal_checkpoint_size_bytes: int = 4 << 20
+    wal_size_bytes_max: int = 1 << 30
+    ledger_days: int = 14
+    ledger_seconds_after_seen: int = 3_600
+    ledger_row_count_max: int = 5_000_000
+    snapshot_retained_seconds: int = 30  # /api/query_at_ts
+    snapshot_retained_interval_seconds: int = 5
+    scheduler_batch_count: int = 100  # due jobs started at once, so that a backlog starves nobody
+
+    # -- HTTP
+    http_body_size_bytes_max: int = 17 << 20
+    http_body_seconds_max: int = 30
+    http_header_seconds_max: int = 10

@@ -1,0 +1,60 @@
+"""Which results keep their bytes: the most recently used ones, within a bound.
+
+Invariants
+  1. The bytes of all results together stay within `result_cache_size_bytes`, those of live queries that nobody watches
+     within `result_cache_count_max` results too.
+  2. A watched live query keeps at least the digest of its result; one that nobody watches goes altogether.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from engine.limits import Limits
+from engine.live.live_query import LiveQuery
+
+
+class ResultCache:
+    """Live queries in the order of their last use."""
+
+    def __init__(self, limits: Limits, drop: Callable[[LiveQuery], None]) -> None:
+        self._limits, self._drop_live_query = limits, drop
+        self._size_by_live_query: OrderedDict[LiveQuery, int] = OrderedDict()
+        self._size_bytes = 0
+        self._idle: OrderedDict[LiveQuery, None] = OrderedDict()  # those that nobody watches, oldest first
+
+    def put(self, live_query: LiveQuery) -> None:
+        """A run has given a result: count its bytes, and make room."""
+        self.forget(live_query)
+        assert live_query.result is not None
+        size = self._size_by_live_query[live_query] = live_query.result.size_bytes
+        self._size_bytes += size
+        while self._size_bytes > self._limits.result_cache_size_bytes and len(self._size_by_live_query) > 1:
+            oldest = next(iter(self._size_by_live_query))
+            self.forget(oldest)
+            if oldest.watchers:
+                assert oldest.result is not None
+                oldest.result = oldest.result.evicted()
+            else:
+                self._drop_live_query(oldest)
+
+    def use(self, live_query: LiveQuery) -> None:
+        """Somebody asks for it: it is the newest now, and watched."""
+        self._idle.pop(live_query, None)
+        if live_query in self._size_by_live_query:
+            self._size_by_live_query.move_to_end(live_query)
+
+    def leave(self, live_query: LiveQuery) -> None:
+        """Nobody watches it any more: it stays while there is room."""
+        self._idle[live_query] = None
+        if len(self._idle) > self._limits.result_cache_count_max:
+            self._drop_live_query(next(iter(self._idle)))
+
+    def forget(self, live_query: LiveQuery) -> None:
+        """Stop counting it."""
+        self._size_bytes -= self._size_by_live_query.pop(live_query, 0)
+        self._idle.pop(live_query, None)
+
+    def clear(self) -> None:
+        self._size_by_live_query.clear()
+        self._idle.clear()
+        self._size_bytes = 0

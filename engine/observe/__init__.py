@@ -1,0 +1,1 @@
+"""Seeing what an engine does: listeners to `events`."""

@@ -1,0 +1,88 @@
+"""Ranges of index keys, and the order they live in. Pure.
+
+An *order key* is a flat tuple with two entries a column, `(rank, value, rank, value, …)`: flat tuples compare and hash
+fastest, and the first `2 * n` entries are the key of an n-column prefix. The last column of every index is the
+creation tick of the document (`ids.py`), which makes each full key unique. A *cut* is a place between keys: just
+before or just after all keys that begin with some prefix.
+
+Invariants
+  1. Order keys compare in Python exactly as SQLite orders the same columns: null, numbers, text by code point, bytes.
+  2. A range is half-open: it holds the keys `start <= key < end`; `start` and `end` are cuts.
+  3. A full key never equals a cut: a cut ends in LOW or HIGH, a full key in MIDDLE.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+Scalar = None | bool | int | float | str | bytes
+OrderKey = tuple[object, ...]
+
+LOW, NULL, NUMBER, TEXT, BYTES, MIDDLE, HIGH = -1, 0, 1, 2, 3, 5, 9
+_RANK = {type(None): NULL, bool: NUMBER, int: NUMBER, float: NUMBER, str: TEXT, bytes: BYTES}
+
+BY_CREATION_TIME = "by_creation_time"  # every table has this index: its rows as they were made
+
+
+def key_prefix(values: Sequence[Scalar]) -> OrderKey:
+    """The flat key of the first columns of an index."""
+    flat: list[object] = []
+    for value in values:
+        flat += (_RANK[type(value)], 0 if value is None else value)
+    return tuple(flat)
+
+
+def full_key(values: Sequence[Scalar], tick: int) -> OrderKey:
+    """The key of one document in an index: its column values, then its creation tick."""
+    return (*key_prefix(values), NUMBER, tick, MIDDLE)
+
+
+def before(prefix: OrderKey) -> OrderKey:
+    """The cut just before all keys that begin with `prefix`."""
+    return (*prefix, LOW)
+
+
+def after(prefix: OrderKey) -> OrderKey:
+    """The cut just after all keys that begin with `prefix`."""
+    return (*prefix, HIGH)
+
+
+def columns_of(cut: OrderKey) -> tuple[list[Scalar], bool]:
+    """The column values that a cut names, and whether it lies after (else before) the keys that begin with them."""
+    values = [None if rank == NULL else value for rank, value in zip(cut[:-1:2], cut[1:-1:2], strict=True)]
+    return values, cut[-1] == HIGH  # type: ignore[return-value]  # a flat key holds scalars at odd places
+
+
+class IndexRange(msgspec.Struct, frozen=True):
+    """Some keys of one index: `start <= key < end` (invariant 2)."""
+
+    table: str
+    index: str
+    start: OrderKey
+    end: OrderKey
+
+    def holds(self, key: OrderKey) -> bool:
+        return self.start <= key < self.end
+
+    def overlaps(self, other: "IndexRange") -> bool:
+        return (
+            self.table == other.table
+            and self.index == other.index
+            and self.start < other.end
+            and other.start < self.end
+        )
+
+    @property
+    def prefix(self) -> OrderKey:
+        """The columns that are equal for every key in the range: what the invalidation index hashes."""
+        size = 0
+        for size in range(0, min(len(self.start), len(self.end)) - 1, 2):
+            if self.start[size : size + 2] != self.end[size : size + 2]:
+                return self.start[:size]
+        return self.start[: min(len(self.start), len(self.end)) - 1]
+
+    def cut_at(self, last_key: OrderKey, *, descending: bool) -> "IndexRange":
+        """The part that a scan consumed when `last_key` (a full key) was the last row it looked at."""
+        if descending:
+            return IndexRange(self.table, self.index, before(last_key[:-1]), self.end)
+        return IndexRange(self.table, self.index, self.start, after(last_key[:-1]))

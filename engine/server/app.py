@@ -1,0 +1,254 @@
+"""The server: its routes, errors as JSON, starting and stopping.
+
+Invariants
+  1. A socket that has not sent a whole request header in time is closed (aiohttp has no timer for that).
+  2. Whatever goes wrong is answered with `code` and `message` as JSON, readable by the page that asked.
+  3. Stopping takes nobody in any more, lets each mutation that runs be answered, and tells all clients to come back.
+
+`serving` is a running server for scripts and tests; `serve` runs until the process is told to stop.
+"""
+
+import asyncio
+import logging
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final, Protocol
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from engine.clock import Clock, TimerHandle
+from engine.config import Config, Mode
+from engine.limits import Limits
+from engine.server.http import HttpBackend, HttpDoor, error_response
+from engine.server.origins import Origins
+from engine.server.websocket import WebSocketDoor
+from engine.sync.backend import Backend
+
+_log = logging.getLogger("engine.server")
+
+_KEEP_ALIVE_SECONDS: Final = 75  # longer than usual proxies wait
+_HEADER_FIELD_SIZE_BYTES_MAX: Final = 17 << 10  # an admin key with an identity to act as
+_STOP_SECONDS_MAX: Final = 10
+_SPARE_FILE_COUNT: Final = 128  # descriptors for the database, for HTTP and for the app's own use
+_BACKLOG_COUNT: Final = 1_024  # after a restart all clients come back at once
+
+
+class ServedEngine(HttpBackend, Protocol):
+    """What a server needs of an engine."""
+
+    @property
+    def backend(self) -> Backend: ...
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+
+_WEB_SOCKET_DOOR: Final = web.AppKey("web_socket_door", WebSocketDoor)
+_HEADER_TIMERS: Final = web.AppKey("header_timers", dict[asyncio.BaseProtocol, TimerHandle])
+
+
+def make_app(
+    engine: ServedEngine, *, extra_routes: Iterable[web.RouteDef] = (), connection_count_max: int | None = None
+) -> web.Application:
+    """The application of one engine; `extra_routes` are for commands that serve more than the API."""
+    config = engine.config
+    limits, origins = config.limits, Origins(config.allowed_origins)
+    http = HttpDoor(engine, limits, origins)
+    sync = WebSocketDoor(
+        engine.backend,
+        limits,
+        engine.clock,
+        origins,
+        connection_count_max=limits.connection_count_max if connection_count_max is None else connection_count_max,
+    )
+    app = web.Application(client_max_size=limits.http_body_size_bytes_max, middlewares=[_around_each(origins)])
+    app[_WEB_SOCKET_DOOR] = sync
+    app[_HEADER_TIMERS] = {}
+    app.add_routes(
+        [
+            web.get(_api("sync"), sync.handle),
+            web.get(_api("{version}/sync"), sync.handle),
+            web.post(_api("query"), http.query),
+            web.get(_api("query"), http.query_by_address),
+            web.post(_api("mutation"), http.mutation),
+            web.post(_api("action"), http.action),
+            web.post(_api("query_ts"), http.query_ts),
+            web.post(_api("query_at_ts"), http.query_at_ts),
+            web.post(_api("query_batch"), http.query_batch),
+            web.post(_api("function"), http.function),
+            web.post(_api("run/{path:.+}"), http.run),
+            web.post(_api("debug_event"), http.debug_event),
+            web.get("/", _front_page(config.mode)),
+            web.get("/version", _version),
+            web.get("/instance_version", _version),
+            web.get("/instance_name", _instance_name),
+            *extra_routes,
+        ]
+    )
+    return app
+
+
+@asynccontextmanager
+async def serving(
+    engine: ServedEngine, host: str, port: int, *, extra_routes: Iterable[web.RouteDef] = ()
+) -> AsyncIterator[str]:
+    """A running server, as the address that clients are given; stops gracefully on the way out (3)."""
+    connection_count_max = _connection_count_max(engine.config.limits)
+    app = make_app(engine, extra_routes=extra_routes, connection_count_max=connection_count_max)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        keepalive_timeout=_KEEP_ALIVE_SECONDS,
+        max_field_size=_HEADER_FIELD_SIZE_BYTES_MAX,
+        shutdown_timeout=_STOP_SECONDS_MAX,
+    )
+    await runner.setup()
+    try:
+        listener = await asyncio.get_running_loop().create_server(
+            _timed(runner, app, engine), host, port, backlog=_BACKLOG_COUNT
+        )
+        try:
+            bound_port = listener.sockets[0].getsockname()[1]
+            yield f"http://{f'[{host}]' if ':' in host else host}:{bound_port}"
+        finally:
+            listener.close()
+            door = app[_WEB_SOCKET_DOOR]
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_STOP_SECONDS_MAX):
+                    await door.close()
+            door.abort()
+    finally:
+        await runner.cleanup()
+
+
+async def serve(
+    engine: ServedEngine,
+    host: str,
+    port: int,
+    *,
+    extra_routes: Iterable[web.RouteDef] = (),
+    started: Callable[[str], None] = lambda address: None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until `stop` is set, or SIGTERM or SIGINT comes; `started` is told the address."""
+    stop = asyncio.Event() if stop is None else stop
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    async with serving(engine, host, port, extra_routes=extra_routes) as address:
+        for number in signals:
+            loop.add_signal_handler(number, stop.set)
+        try:
+            started(address)
+            await stop.wait()
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+
+def _api(path: str) -> str:
+    """The route of an endpoint; an address that ends in a slash makes clients ask for `//api/…`."""
+    return "/{slashes:/*}api/" + path
+
+
+def _around_each(origins: Origins) -> Middleware:
+    @web.middleware
+    async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
+        timer = request.app[_HEADER_TIMERS].pop(request.protocol, None)
+        if timer is not None:
+            timer.cancel()
+        response: web.StreamResponse
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            response = origins.preflight(request)
+        else:
+            try:
+                response = await handler(request)
+            except Exception as error:  # noqa: BLE001 - the door: each becomes one answer
+                response = error_response(error)
+        if not response.prepared:
+            origins.mark(request, response.headers)
+            response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    return around
+
+
+def _timed(runner: web.AppRunner, app: web.Application, engine: ServedEngine) -> Callable[[], asyncio.BaseProtocol]:
+    """Makes the protocol of each accepted socket, with a timer for its first header (1)."""
+    server, timers = runner.server, app[_HEADER_TIMERS]
+    assert server is not None, "the runner was set up"
+
+    def expire(protocol: web.RequestHandler) -> None:
+        del timers[protocol]
+        protocol.force_close()
+
+    def make_protocol() -> asyncio.BaseProtocol:
+        protocol = server()
+        seconds = engine.config.limits.http_header_seconds_max
+        timers[protocol] = engine.clock.call_later(seconds, partial(expire, protocol))
+        return protocol
+
+    return make_protocol
+
+
+def _connection_count_max(limits: Limits) -> int:
+    """How many connections the process may hold: the limit, or what the system lets it open."""
+    wanted = limits.connection_count_max + _SPARE_FILE_COUNT
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            _log.warning("%d connections at most: the system lets this process open %d files (ulimit -n)", soft, soft)
+            return max(1, soft - _SPARE_FILE_COUNT)
+    return limits.connection_count_max
+
+
+async def _version(request: web.Request) -> web.Response:
+    return web.Response(text=_engine_version())
+
+
+async def _instance_name(request: web.Request) -> web.Response:
+    return web.Response(text="reactive-engine")
+
+
+def _engine_version() -> str:
+    try:
+        return version("reactive-engine")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+def _front_page(mode: Mode) -> Handler:
+    async def front_page(request: web.Request) -> web.Response:
+        if mode == "production":
+            return web.Response(text="reactive-engine is running.\n")
+        address = f"{request.scheme}://{request.host}"
+        return web.Response(
+            text=f"""reactive-engine {_engine_version()} is running.
+
+Point any official Convex client at {address}:
+
+    import {{ ConvexClient }} from "convex/browser";
+    const client = new ConvexClient("{address}");
+    client.onUpdate("chat:getMessages", {{ gameId }}, (messages) => console.log(messages));
+
+    from convex import ConvexClient
+    client = ConvexClient("{address}")
+
+Or ask once, by HTTP:
+
+    curl {address}/api/query -d '{{"path": "games:list", "args": {{}}, "format": "json"}}'
+
+`engine functions` lists what can be called.
+"""
+        )
+
+    return front_page

@@ -1,0 +1,296 @@
+"""The door for requests that ask once: the HTTP API of the Convex clients.
+
+Invariants
+  1. What a function does, its failures included, is status 200 with `status`, `logLines`, and `value` or
+     `errorMessage`; everything else is another status with a JSON body of `code` and `message`.
+  2. Every plain number in a value has a decimal point or exponent: the PyPI HTTP client demands it.
+  3. A mutation or action that was started goes on when the client goes away.
+
+HTTP mutations have no request id, so nothing makes a resent one apply once.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Literal, Protocol, TypeVar
+
+import msgspec
+from aiohttp import web
+from msgspec import Raw
+
+from engine.errors import (
+    AuthenticationFailed,
+    EngineClosed,
+    Forbidden,
+    FunctionNotFound,
+    InternalError,
+    InvalidArgument,
+    LimitExceeded,
+    Overloaded,
+    RequestError,
+    StorageFull,
+)
+from engine.identity import Identity
+from engine.limits import Limits
+from engine.server.origins import Origins
+from engine.sync import protocol
+from engine.sync.backend import ActionOutcome, MutationOutcome, Verified
+from engine.sync.protocol import Failure, Result
+from engine.values import json_with_decimal_points, to_lossy_json
+
+_log = logging.getLogger("engine.server")
+
+Kind = Literal["query", "mutation", "action"]
+_Body = TypeVar("_Body")
+
+_NO_ARGUMENTS = b"{}"
+_RETRYABLE_CODES = frozenset((Overloaded.code, StorageFull.code, EngineClosed.code))
+
+
+class HttpBackend(Protocol):
+    """What HTTP requests ask of the engine. Failures of functions are in the outcomes; refusals may be raised."""
+
+    async def http_query(
+        self, path: str, arguments: bytes, identity: Identity | None, at_ts: int | None = None
+    ) -> Result:
+        """At the published timestamp, or at one that `retain_snapshot` gave; `RequestError` if it is kept no more."""
+
+    async def http_mutation(self, path: str, arguments: bytes, identity: Identity | None) -> MutationOutcome:
+        """Answered after its commit."""
+
+    async def http_action(self, path: str, arguments: bytes, identity: Identity | None) -> ActionOutcome: ...
+
+    def function_kind(self, path: str) -> Kind | None:
+        """The kind of a public function; None if there is none of this path."""
+
+    def retain_snapshot(self) -> int:
+        """The published timestamp, kept readable for `snapshot_retained_seconds`."""
+
+    def authenticate_header(self, authorization: str) -> Awaitable[Verified]:
+        """Who an `Authorization` header proves to be; raises `AuthenticationFailed`."""
+
+
+class _Ask(msgspec.Struct, frozen=True, rename="camel"):
+    """The body of a request that runs one function."""
+
+    path: str
+    args: Raw = Raw(_NO_ARGUMENTS)
+    format: str | None = None
+    ts: str | None = None
+    component_path: str | None = None
+
+
+class _Batch(msgspec.Struct, frozen=True):
+    queries: list[_Ask]
+
+
+class _Run(msgspec.Struct, frozen=True):
+    """The body of `/api/run/…`, which has the path in its address."""
+
+    args: Raw = Raw(_NO_ARGUMENTS)
+    format: str | None = None
+
+
+class HttpDoor:
+    """The handlers under `/api/`."""
+
+    def __init__(self, backend: HttpBackend, limits: Limits, origins: Origins) -> None:
+        self._backend, self._limits, self._origins = backend, limits, origins
+
+    async def query(self, request: web.Request) -> web.Response:
+        return await self._one(request, "query")
+
+    async def mutation(self, request: web.Request) -> web.Response:
+        return await self._one(request, "mutation")
+
+    async def action(self, request: web.Request) -> web.Response:
+        return await self._one(request, "action")
+
+    async def function(self, request: web.Request) -> web.Response:
+        """Any kind of function, for admins."""
+        ask = _decode(await self._body(request), _Ask)
+        verified = await self._verify(request)
+        if verified is None or not verified.is_admin:
+            raise Forbidden("/api/function is for admins: send `Authorization: Convex <admin key>`.")
+        return _json(await self._answer(ask, self._kind_of(ask.path), verified.identity))
+
+    async def run(self, request: web.Request) -> web.Response:
+        """A function whose path is in the address: `/api/run/live/quiz/join` is `live/quiz:join`."""
+        run = _decode(await self._body(request) or b"{}", _Run)
+        module, _, name = request.match_info["path"].rpartition("/")
+        path = f"{module}:{name}" if module else name
+        ask = _Ask(path=path, args=run.args, format=run.format)
+        return _json(await self._answer(ask, self._kind_of(path), await self._identity(request)))
+
+    async def query_by_address(self, request: web.Request) -> web.Response:
+        """`GET /api/query?path=…&args=…&format=…`"""
+        parameters = request.query
+        if "path" not in parameters:
+            raise InvalidArgument("path: missing. Ask for /api/query?path=chat:get_messages&args={…}.")
+        args = _decode(parameters.get("args", "{}").encode(), Raw)
+        ask = _Ask(path=parameters["path"], args=args, format=parameters.get("format"))
+        return _json(await self._answer(ask, "query", await self._identity(request)))
+
+    async def query_ts(self, request: web.Request) -> web.Response:
+        """A timestamp for several queries that are to see one snapshot."""
+        return web.json_response({"ts": protocol.encode_timestamp(self._backend.retain_snapshot())})
+
+    async def query_at_ts(self, request: web.Request) -> web.Response:
+        ask = _decode(await self._body(request), _Ask)
+        if ask.ts is None:
+            raise InvalidArgument("ts: missing. Ask /api/query_ts for one.")
+        at_ts = protocol.decode_timestamp(ask.ts)
+        return _json(await self._answer(ask, "query", await self._identity(request), at_ts))
+
+    async def query_batch(self, request: web.Request) -> web.Response:
+        """Several queries at one snapshot."""
+        batch = _decode(await self._body(request), _Batch)
+        count_max = self._limits.query_count_max
+        if len(batch.queries) > count_max:
+            raise LimitExceeded(
+                "queries of one batch",
+                used=len(batch.queries),
+                allowed=count_max,
+                remedy="Ask for fewer at once, or raise limits.query_count_max.",
+            )
+        identity = await self._identity(request)
+        at_ts = self._backend.retain_snapshot()
+        answers = [await self._answer(ask, "query", identity, at_ts) for ask in batch.queries]
+        return _json(b'{"results":[' + b",".join(answers) + b"]}")
+
+    async def debug_event(self, request: web.Request) -> web.Response:
+        """Telemetry of clients: accepted, not kept."""
+        return web.Response()
+
+    # -- one function ----------------------------------------------------------------------------------------------
+
+    async def _one(self, request: web.Request, kind: Kind) -> web.Response:
+        ask = _decode(await self._body(request), _Ask)
+        return _json(await self._answer(ask, kind, await self._identity(request)))
+
+    async def _answer(self, ask: _Ask, kind: Kind, identity: Identity | None, at_ts: int | None = None) -> bytes:
+        """The response body of one function that was run."""
+        is_lossy = _is_lossy(ask.format)
+        if ask.component_path:  # components are for admins of the reference server; there are none here
+            error = FunctionNotFound(f"{ask.component_path}/{ask.path}", kind)
+            return _failed(f"{error.code}: {error}", None, ())
+        arguments = self._arguments(ask.args)
+        outcome: Result | MutationOutcome | ActionOutcome
+        if kind == "query":
+            outcome = await self._backend.http_query(ask.path, arguments, identity, at_ts)
+        elif kind == "mutation":
+            outcome = await self._backend.http_mutation(ask.path, arguments, identity)
+        else:
+            outcome = await self._backend.http_action(ask.path, arguments, identity)
+        if outcome.failure is None:
+            assert outcome.value is not None, "a function that succeeded has a value"
+            return b'{"status":"success","value":%b,"logLines":%b}' % (
+                _in_format(outcome.value, is_lossy=is_lossy),
+                msgspec.json.encode(outcome.log_lines),
+            )
+        _raise_unless_of_function(outcome.failure)
+        data = outcome.failure.data
+        data = None if data is None else _in_format(data, is_lossy=is_lossy)
+        return _failed(outcome.failure.message, data, outcome.log_lines)
+
+    def _kind_of(self, path: str) -> Kind:
+        return self._backend.function_kind(path) or "query"  # as a query it is then not found
+
+    def _arguments(self, args: Raw) -> bytes:
+        """The JSON of the arguments object, which clients send bare (PyPI) or in an array (npm)."""
+        text = bytes(args)
+        if text.startswith(b"["):
+            text = protocol.unwrap_arguments(msgspec.json.decode(text, type=list[Raw]))
+        if len(text) > self._limits.arguments_size_bytes_max:
+            raise LimitExceeded(
+                "bytes of arguments",
+                used=len(text),
+                allowed=self._limits.arguments_size_bytes_max,
+                remedy="Send less at once, or raise limits.arguments_size_bytes_max.",
+            )
+        return _NO_ARGUMENTS if text == b"null" else text
+
+    # -- the request -----------------------------------------------------------------------------------------------
+
+    async def _body(self, request: web.Request) -> bytes:
+        async with asyncio.timeout(self._limits.http_body_seconds_max):
+            return await request.read()
+
+    async def _identity(self, request: web.Request) -> Identity | None:
+        verified = await self._verify(request)
+        return None if verified is None else verified.identity
+
+    async def _verify(self, request: web.Request) -> Verified | None:
+        authorization = request.headers.get("Authorization")
+        if authorization is None:
+            return None
+        verified = await self._backend.authenticate_header(authorization)
+        if verified.is_admin and not self._origins.may_use_admin_key(request):
+            raise AuthenticationFailed("Admin keys are not accepted from pages of this origin.")
+        return verified
+
+
+def error_response(error: BaseException) -> web.Response:
+    """What a request is told that did not come as far as a function (1)."""
+    match error:
+        case web.HTTPException():
+            code = {404: "NotFound", 405: "MethodNotAllowed", 413: "PayloadTooLarge"}.get(error.status, "BadRequest")
+            return _error(error.status, code, error.text or error.reason)
+        case TimeoutError():
+            return _error(408, "RequestTimeout", "The body took too long to arrive.")
+        case AuthenticationFailed():
+            return _error(401, error.code, str(error))
+        case Forbidden():
+            return _error(403, error.code, str(error))
+        case Overloaded() | EngineClosed():
+            return _error(503, error.code, str(error))
+        case RequestError():
+            return _error(400, error.code, str(error))
+        case _:
+            _log.error("a request failed", exc_info=error)
+            return _error(500, "InternalServerError", "The server failed; its log says why.")
+
+
+def _raise_unless_of_function(failure: Failure) -> None:
+    """Failures that are not the function's have a status of their own (1)."""
+    if failure.code in _RETRYABLE_CODES:
+        raise Overloaded(failure.message)
+    if failure.code == InternalError.code:
+        raise InternalError(failure.message)
+
+
+def _is_lossy(name: str | None) -> bool:
+    match name:
+        case None | "json":
+            return True
+        case "convex_encoded_json" | "convex_json":
+            return False
+        case _:
+            raise InvalidArgument(f"format: expected json or convex_encoded_json, got {name!r}")
+
+
+def _in_format(payload: bytes, *, is_lossy: bool) -> bytes:
+    return json_with_decimal_points(to_lossy_json(payload) if is_lossy else payload)  # 2
+
+
+def _failed(message: str, data: bytes | None, log_lines: tuple[str, ...]) -> bytes:
+    return b'{"status":"error","errorMessage":%b,%b"logLines":%b}' % (
+        msgspec.json.encode(message),
+        b"" if data is None else b'"errorData":%b,' % data,
+        msgspec.json.encode(log_lines),
+    )
+
+
+def _decode(body: bytes, body_type: type[_Body]) -> _Body:
+    try:
+        return msgspec.json.decode(body, type=body_type)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidArgument(f"the body is not what was expected: {error}") from error
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json", charset="utf-8")
+
+
+def _error(status: int, code: str, message: str) -> web.Response:
+    return web.json_response({"code": code, "message": message}, status=status)

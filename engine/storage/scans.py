@@ -1,0 +1,225 @@
+"""Index ranges as ordered SQL scans.
+
+A cut may lie deep in an index, `(a, b, c) > (1, 2, 3)`, and null comes before everything but compares with nothing in
+SQL. So a range is taken apart into *segments*: an equality prefix with at most one bounded column after it, which
+SQLite walks in one go. Put together in index order they are the range. Nearly every range is one segment.
+
+Invariants
+  1. `fetch` gives the rows whose full key lies in the range, in index order, as if sorted in Python by `key_of`.
+  2. Every statement walks the named index (or the rowid): never the whole table, never a sort.
+  3. A value whose kind the column cannot hold is placed by its rank in `ranges.py`, not by SQLite's conversions.
+  4. Each call leaves no statement open.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import inf
+from typing import Any, Literal, NamedTuple
+
+from engine.ranges import BY_CREATION_TIME, BYTES, HIGH, NULL, NUMBER, TEXT, IndexRange, OrderKey, Scalar
+from engine.schema import IndexSchema, TableSchema
+from engine.storage.connections import Connection, Row
+from engine.storage.rows import RowCodec, quoted
+
+_SMALLEST_BY_RANK: dict[int | None, Scalar] = {NUMBER: -inf, TEXT: "", BYTES: b"", None: -inf}  # that is not null
+
+
+class Statement(NamedTuple):
+    """One segment as SQL; its last parameter, the limit, is left to whoever runs it."""
+
+    sql: str
+    parameters: tuple[Scalar, ...]
+
+
+def fetch(
+    connection: Connection,
+    codec: RowCodec[Any],
+    index: IndexSchema,
+    index_range: IndexRange,
+    *,
+    descending: bool,
+    limit: int,
+) -> list[Row]:
+    """The first rows of the range in the order of the index, or in the opposite one."""
+    rows: list[Row] = []
+    for sql, parameters in fetch_statements(codec, index, index_range, descending=descending):
+        if limit <= len(rows):
+            break
+        found = connection.fetch_all(sql, (*parameters, limit - len(rows)))
+        rows = rows + found if rows else found
+    return rows
+
+
+def count(
+    connection: Connection, table: TableSchema, index: IndexSchema, index_range: IndexRange, *, limit: int
+) -> int:
+    """How many rows the range holds; stops at `limit`. Reads nothing but the index."""
+    number = 0
+    for sql, parameters in count_statements(table, index, index_range):
+        if limit <= number:
+            break
+        ((found,),) = connection.fetch_all(sql, (*parameters, limit - number))
+        number += found
+    return number
+
+
+def fetch_statements(
+    codec: RowCodec[Any], index: IndexSchema, index_range: IndexRange, *, descending: bool
+) -> list[Statement]:
+    """What `fetch` runs, one after another until it has enough."""
+    table, columns_sql = codec.table.name, codec.columns_sql
+    statements = [
+        Statement(_fetch_sql(columns_sql, table, index, shape, descending), parameters)
+        for shape, parameters in _segments(index, index_range)
+    ]
+    return statements[::-1] if descending else statements
+
+
+def count_statements(table: TableSchema, index: IndexSchema, index_range: IndexRange) -> list[Statement]:
+    """What `count` runs, one after another until it has counted enough."""
+    return [
+        Statement(_count_sql(table.name, index, shape), parameters)
+        for shape, parameters in _segments(index, index_range)
+    ]
+
+
+# -- from a range to segments
+
+
+class _Shape(NamedTuple):
+    """A segment without its values."""
+
+    equal_count: int  # columns, from the left, that are given
+    is_null: bool = False  # the next column is null
+    lower: Literal["", ">", ">="] = ""  # than the smallest value of the next column
+    upper: Literal["", "<", "<="] = ""
+
+
+class _Bound(NamedTuple):
+    """One side of a bounded column; without a rank there is none."""
+
+    rank: int | None = None
+    value: Any = None
+    is_included: bool = False
+
+
+_Segment = tuple[_Shape, tuple[Scalar, ...]]
+_UNBOUNDED = _Bound()
+
+
+def _segments(index: IndexSchema, index_range: IndexRange) -> Iterator[_Segment]:
+    """The segments of a range, ascending."""
+    if index_range.start >= index_range.end:
+        return
+    first, last = index_range.start[:-1], index_range.end[:-1]
+    start_is_included, end_is_included = index_range.start[-1] != HIGH, index_range.end[-1] == HIGH
+    shared = 0
+    while shared < len(first) and first[shared : shared + 2] == last[shared : shared + 2]:
+        shared += 2
+    # What shares more of the start's columns comes first: (1, 2, >3), then (1, >2), then (>1).
+    for place in range(len(first) - 2, shared, -2):
+        is_included = start_is_included and place == len(first) - 2
+        yield from _bounded(index, first[:place], _bound_at(first, place, is_included), _UNBOUNDED)
+    yield from _bounded(
+        index,
+        first[:shared],
+        _bound_at(first, shared, start_is_included and shared == len(first) - 2),
+        _bound_at(last, shared, end_is_included and shared == len(last) - 2),
+    )
+    for place in range(shared + 2, len(last), 2):
+        is_included = end_is_included and place == len(last) - 2
+        yield from _bounded(index, last[:place], _UNBOUNDED, _bound_at(last, place, is_included))
+
+
+def _bound_at(prefix: OrderKey, place: int, is_included: bool) -> _Bound:
+    if place >= len(prefix):
+        return _UNBOUNDED
+    rank, value = prefix[place : place + 2]
+    return _Bound(rank, value, is_included)  # type: ignore[arg-type]  # a rank stands at each even place
+
+
+def _bounded(index: IndexSchema, prefix: OrderKey, lower: _Bound, upper: _Bound) -> Iterator[_Segment]:
+    """The segments of the keys that begin with `prefix` and have the next column within the bounds."""
+    equal_count = len(prefix) // 2
+    values: list[Any] = []
+    for column, rank, value in zip(index.columns, prefix[::2], prefix[1::2], strict=False):
+        if rank == NULL:
+            if not column.is_nullable:
+                return
+            values.append(None)
+        elif column.rank is None or rank == column.rank:
+            values.append(value)
+        else:
+            return  # invariant 3: the column holds nothing of this kind
+    if lower.rank is None and upper.rank is None:
+        yield _Shape(equal_count), tuple(values)
+        return
+
+    column = index.columns[equal_count]
+    holds_null = (
+        column.is_nullable
+        and (lower.rank is None or (lower.rank == NULL and lower.is_included))
+        and (upper.rank != NULL or upper.is_included)
+    )
+    holds_values = upper.rank != NULL
+    lower_sql: Literal["", ">", ">="] = ""
+    upper_sql: Literal["", "<", "<="] = ""
+    bounds: list[Any] = []
+    if lower.rank is not None and lower.rank != NULL:
+        if column.rank is None or lower.rank == column.rank:
+            lower_sql = ">=" if lower.is_included else ">"
+            bounds.append(lower.value)
+        elif lower.rank > column.rank:
+            holds_values = False
+    if upper.rank is not None and upper.rank != NULL:
+        if column.rank is None or upper.rank == column.rank:
+            upper_sql = "<=" if upper.is_included else "<"
+            bounds.append(upper.value)
+        elif upper.rank < column.rank:
+            holds_values = False
+
+    if holds_null and holds_values and not bounds:
+        yield _Shape(equal_count), tuple(values)
+        return
+    if holds_null:
+        yield _Shape(equal_count, is_null=True), tuple(values)
+    if holds_values:
+        if column.is_nullable and not bounds:
+            lower_sql = ">="  # `IS NOT NULL` would not be looked up in the index
+            bounds.append(_SMALLEST_BY_RANK[column.rank])
+        yield _Shape(equal_count, lower=lower_sql, upper=upper_sql), (*values, *bounds)
+
+
+# -- from a segment to SQL; names come from the checked schema, values are parameters
+
+
+@lru_cache(maxsize=4096)
+def _fetch_sql(columns_sql: str, table: str, index: IndexSchema, shape: _Shape, descending: bool) -> str:
+    direction = " DESC" if descending else ""
+    order = [quoted(column.name) + direction for column in index.columns[shape.equal_count + shape.is_null :]]
+    order_sql = f" ORDER BY {', '.join(order)}" if order else ""
+    return f"SELECT {columns_sql} {_source_sql(table, index, shape)}{order_sql} LIMIT ?"
+
+
+@lru_cache(maxsize=4096)
+def _count_sql(table: str, index: IndexSchema, shape: _Shape) -> str:
+    return f"SELECT count(*) FROM (SELECT 1 {_source_sql(table, index, shape)} LIMIT ?)"  # noqa: S608
+
+
+def _source_sql(table: str, index: IndexSchema, shape: _Shape) -> str:
+    columns = index.columns
+    tests = [
+        f"{quoted(column.name)} {'IS' if column.is_nullable else '='} ?" for column in columns[: shape.equal_count]
+    ]
+    if shape.is_null:
+        tests.append(f"{quoted(columns[shape.equal_count].name)} IS NULL")
+    tests += [f"{quoted(columns[shape.equal_count].name)} {sign} ?" for sign in (shape.lower, shape.upper) if sign]
+    where = f" WHERE {' AND '.join(tests)}" if tests else ""
+    # the rowid is the creation tick; without the hint SQLite is free to walk another index and sort (invariant 2)
+    hint = "NOT INDEXED" if index.name == BY_CREATION_TIME else f"INDEXED BY {index_sql_name(table, index.name)}"
+    return f"FROM {quoted(table)} {hint}{where}"
+
+
+def index_sql_name(table: str, index: str) -> str:
+    """The name of an index in SQLite, quoted: no name of a table holds a dot, so it is nobody else's."""
+    return quoted(f"{table}.{index}")

@@ -1,0 +1,454 @@
+"""The wire messages of the Convex sync protocol, as tagged structs; only this module knows their names on the wire.
+
+Invariants
+  1. What leaves is strict JSON, and every protocol integer is printed as an integer.
+  2. A message that official clients can send is never malformed to us because of its arguments: those stay raw, and
+     what cannot be decoded in them is the failure of their own request.
+  3. A result is encoded once, into a fragment that every subscriber's Transition shares: all that follows
+     `{"queryId":N`. The fragment lies in `Result.encoded`.
+  4. `errorData` is there exactly if the app raised an `AppError`, `logLines` always, `null` never where clients
+     tell it from absence.
+
+Decoding happens on the loop whatever the size: msgspec holds the interpreter lock, so a thread would not free the
+loop, and as arguments are only skipped over, 8 MiB take 5 to 25 ms.
+"""
+
+import binascii
+import json
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Protocol
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from engine.errors import InvalidArgument
+
+CLOSE_NORMAL, CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_UNSUPPORTED_DATA = 1000, 1001, 1002, 1003
+CLOSE_INTERNAL_ERROR, CLOSE_TRY_AGAIN_LATER = 1011, 1013
+CLOSE_TOO_BIG = 1009
+
+TIMESTAMP_MAX = 2**63 - 1  # the PyPI client refuses larger ones
+_TIMESTAMP_SIZE_BYTES = 8
+
+# Above this a Transition goes to npm clients in parts, so that their 60 s inactivity timer is fed on slow links.
+CHUNKED_TRANSITION_SIZE_BYTES = 5_000_000
+_CHUNK_LENGTH = 1 << 20  # characters of the Transition in one part
+_CHUNKS_SINCE_NPM = (1, 28, 0)
+
+# Past this a message that msgspec refused is not looked at again: the worst JSON of this length takes 45 ms.
+_SECOND_LOOK_LENGTH_MAX = 512 << 10
+
+UnsignedInt = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+SessionId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$")]
+
+
+# -- client → server --------------------------------------------------------------------------------------------------
+
+
+class ClientMessage(msgspec.Struct, frozen=True, tag_field="type", rename="camel"):
+    """The base of what clients send; members that we do not know are ignored."""
+
+
+class Connect(ClientMessage, frozen=True):
+    session_id: SessionId
+    connection_count: int = 0
+    last_close_reason: str | None = None
+    max_observed_timestamp: str | None = None
+    client_ts: int | float | None = None  # ms; clients send 0 and times that are hours off
+
+
+class AddQuery(ClientMessage, tag="Add", frozen=True):
+    query_id: UnsignedInt
+    udf_path: str
+    args: list[Raw]
+    journal: str | None = None
+    component_path: str | None = None
+
+
+class RemoveQuery(ClientMessage, tag="Remove", frozen=True):
+    query_id: UnsignedInt
+
+
+class ModifyQuerySet(ClientMessage, frozen=True):
+    base_version: UnsignedInt
+    new_version: UnsignedInt
+    modifications: list[AddQuery | RemoveQuery]
+
+
+class Mutation(ClientMessage, frozen=True):
+    request_id: UnsignedInt
+    udf_path: str
+    args: list[Raw]
+    component_path: str | None = None
+
+
+class Action(ClientMessage, frozen=True):
+    request_id: UnsignedInt
+    udf_path: str
+    args: list[Raw]
+    component_path: str | None = None
+
+
+class Authenticate(ClientMessage, frozen=True):
+    base_version: UnsignedInt
+    token_type: Literal["User", "Admin", "None"]
+    value: str | None = None
+    impersonating: dict[str, Any] | None = None
+    acting_as: dict[str, Any] | None = msgspec.field(name="acting_as", default=None)  # as the Rust family spells it
+
+
+class Event(ClientMessage, frozen=True):
+    """Telemetry of the client; never answered."""
+
+
+Message = Connect | ModifyQuerySet | Mutation | Action | Authenticate | Event
+
+_decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+
+
+def decode_message(text: str | bytes) -> Message:
+    """Raises `InvalidArgument` for what no official client sends."""
+    try:
+        return _decoder.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        message = _decode_around_arguments(text)
+        if message is None:
+            raise InvalidArgument(f"not a message of the sync protocol: {error}") from error
+        return message
+
+
+def unwrap_arguments(args: Sequence[Raw]) -> bytes:
+    """The JSON of the one object that `args` holds; raises `InvalidArgument`."""
+    if len(args) != 1:
+        raise InvalidArgument(
+            "arguments: expected one object of valid JSON values. (A string with half of a surrogate pair is not one.)"
+        )
+    return bytes(args[0])
+
+
+def _decode_around_arguments(text: str | bytes) -> Message | None:
+    """A message whose arguments alone are not to be decoded (npm sends lone surrogates): those are left out (2)."""
+    if len(text) > _SECOND_LOOK_LENGTH_MAX:
+        return None
+    try:
+        message = json.loads(text, parse_constant=_refuse)
+        for part in [message, *message.get("modifications", ())]:
+            if "args" in part and not _is_decodable(part["args"]):
+                part["args"] = []
+        return _decoder.decode(json.dumps(message, ensure_ascii=False).encode())
+    except (ValueError, TypeError, AttributeError, RecursionError, msgspec.DecodeError):
+        return None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_decodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# -- server → client --------------------------------------------------------------------------------------------------
+
+
+class _ServerMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", rename="camel"):
+    """The base of what we send; Transitions are joined by hand from shared fragments (3)."""
+
+
+class _MutationSucceeded(_ServerMessage, tag="MutationResponse", frozen=True, kw_only=True):
+    request_id: int
+    success: Literal[True] = True
+    result: Raw
+    ts: str
+    log_lines: tuple[str, ...]
+
+
+class _MutationFailed(_ServerMessage, tag="MutationResponse", frozen=True, kw_only=True):
+    request_id: int
+    success: Literal[False] = False
+    result: str
+    error_data: Raw | UnsetType = UNSET
+    log_lines: tuple[str, ...]
+
+
+class _ActionSucceeded(_ServerMessage, tag="ActionResponse", frozen=True, kw_only=True):
+    request_id: int
+    success: Literal[True] = True
+    result: Raw
+    log_lines: tuple[str, ...]
+
+
+class _ActionFailed(_ServerMessage, tag="ActionResponse", frozen=True, kw_only=True):
+    request_id: int
+    success: Literal[False] = False
+    result: str
+    error_data: Raw | UnsetType = UNSET
+    log_lines: tuple[str, ...]
+
+
+class _AuthError(_ServerMessage, tag="AuthError", frozen=True, kw_only=True):
+    error: str
+    base_version: int
+    auth_update_attempted: bool
+
+
+class _FatalError(_ServerMessage, tag="FatalError", frozen=True, kw_only=True):
+    error: str
+
+
+class _TransitionChunk(_ServerMessage, tag="TransitionChunk", frozen=True, kw_only=True):
+    transition_id: str
+    part_number: int
+    total_parts: int
+    chunk: str
+
+
+class _QueryUpdated(_ServerMessage, tag="QueryUpdated", frozen=True, kw_only=True):
+    value: Raw
+    log_lines: tuple[str, ...]
+    journal: str | None
+
+
+class _QueryFailed(_ServerMessage, tag="QueryFailed", frozen=True, kw_only=True):
+    error_message: str
+    error_data: Raw | UnsetType = UNSET
+    log_lines: tuple[str, ...]
+    journal: str | UnsetType = UNSET  # absent: the client keeps the one it has; null would make it forget
+
+
+class Failure(Protocol):
+    """Why a function failed, as its caller may know it."""
+
+    @property
+    def code(self) -> str: ...  # stable: the code of the error
+
+    @property
+    def message(self) -> str: ...
+
+    @property
+    def data(self) -> bytes | None: ...  # JSON of `AppError.data`; None: not the app's own error
+
+
+class Result(Protocol):
+    """What one query gave; shared by all who ask it."""
+
+    encoded: bytes | None  # the fragment (3); None until the first subscriber's Transition
+
+    @property
+    def value(self) -> bytes | None: ...  # JSON; None exactly if it failed
+
+    @property
+    def failure(self) -> Failure | None: ...
+
+    @property
+    def log_lines(self) -> tuple[str, ...]: ...
+
+    @property
+    def journal(self) -> str | None: ...
+
+
+PING = b'{"type":"Ping"}'
+
+_encode = msgspec.json.Encoder().encode
+
+
+def mutation_succeeded(request_id: int, value: bytes, ts: int, log_lines: tuple[str, ...]) -> bytes:
+    timestamp = encode_timestamp(ts)
+    return _encode(_MutationSucceeded(request_id=request_id, result=Raw(value), ts=timestamp, log_lines=log_lines))
+
+
+def mutation_failed(request_id: int, failure: Failure, log_lines: tuple[str, ...]) -> bytes:
+    data = _error_data_of(failure)
+    return _encode(_MutationFailed(request_id=request_id, result=failure.message, error_data=data, log_lines=log_lines))
+
+
+def action_succeeded(request_id: int, value: bytes, log_lines: tuple[str, ...]) -> bytes:
+    return _encode(_ActionSucceeded(request_id=request_id, result=Raw(value), log_lines=log_lines))
+
+
+def action_failed(request_id: int, failure: Failure, log_lines: tuple[str, ...]) -> bytes:
+    data = _error_data_of(failure)
+    return _encode(_ActionFailed(request_id=request_id, result=failure.message, error_data=data, log_lines=log_lines))
+
+
+def auth_error(error: str, base_version: int, *, is_attempt: bool) -> bytes:
+    """`is_attempt`: an `Authenticate` was refused; else the identity that was current has ended."""
+    return _encode(_AuthError(error=error, base_version=base_version, auth_update_attempted=is_attempt))
+
+
+def fatal_error(error: str) -> bytes:
+    """Makes npm clients stop for good: only for what no official client sends."""
+    return _encode(_FatalError(error=error))
+
+
+def updated_or_failed(query_id: int, result: Result) -> bytes:
+    """The modification that brings one query's result; encoded but once for all of its subscribers (3)."""
+    fragment = result.encoded
+    if fragment is None:
+        fragment = result.encoded = _encode_result(result)
+    return b'{"queryId":%d' % query_id + fragment
+
+
+def refused(query_id: int, failure: Failure) -> bytes:
+    """The modification for a query that was refused before it became one."""
+    return b'{"queryId":%d' % query_id + _encode_failed(failure, (), None)
+
+
+def removed(query_id: int) -> bytes:
+    return b'{"queryId":%d,"type":"QueryRemoved"}' % query_id
+
+
+def _encode_result(result: Result) -> bytes:
+    if result.failure is not None:
+        return _encode_failed(result.failure, result.log_lines, result.journal)
+    assert result.value is not None, "a result has a value or a failure"
+    modification = _QueryUpdated(value=Raw(result.value), log_lines=result.log_lines, journal=result.journal)
+    return _as_fragment(modification)
+
+
+def _encode_failed(failure: Failure, log_lines: tuple[str, ...], journal: str | None) -> bytes:
+    modification = _QueryFailed(
+        error_message=failure.message,
+        error_data=_error_data_of(failure),
+        log_lines=log_lines,
+        journal=UNSET if journal is None else journal,
+    )
+    return _as_fragment(modification)
+
+
+def _error_data_of(failure: Failure) -> Raw | UnsetType:
+    return UNSET if failure.data is None else Raw(failure.data)  # 4
+
+
+def _as_fragment(modification: _QueryUpdated | _QueryFailed) -> bytes:
+    return b"," + _encode(modification)[1:]
+
+
+class StateVersion(msgspec.Struct, frozen=True):
+    """Where a client's state stands: the versions it announced, and the commit timestamp of its results."""
+
+    query_set: int
+    identity: int
+    ts: int
+
+
+class Stamp(msgspec.Struct, frozen=True):
+    """Times that a Transition carries: npm schedules token refreshes by them."""
+
+    client_clock_skew_ms: int  # client minus server, as it was at Connect
+    server_ts: int  # ns since the epoch
+
+
+def encode_transition(
+    start: StateVersion,
+    end: StateVersion,
+    modifications: Sequence[bytes],
+    stamp: Stamp | None,
+    *,
+    frame_size_bytes_max: int,
+    accepts_chunks: bool,
+) -> list[bytes]:
+    """The frames of one Transition: one, unless it is too large for this client."""
+    frame = _join_transition(start, end, modifications, stamp)
+    if accepts_chunks:
+        return [frame] if len(frame) <= CHUNKED_TRANSITION_SIZE_BYTES else _cut(frame, end)
+    if len(frame) <= frame_size_bytes_max:
+        return [frame]
+    groups = _groups_by_size(modifications, frame_size_bytes_max)
+    return [
+        *(_join_transition(start, start, group, stamp) for group in groups[:-1]),
+        _join_transition(start, end, groups[-1], stamp),
+    ]
+
+
+def _join_transition(
+    start: StateVersion, end: StateVersion, modifications: Sequence[bytes], stamp: Stamp | None
+) -> bytes:
+    head = (
+        b'{"type":"Transition","startVersion":{"querySet":%d,"identity":%d,"ts":"%b"},'
+        b'"endVersion":{"querySet":%d,"identity":%d,"ts":"%b"},"modifications":['
+        % (
+            start.query_set,
+            start.identity,
+            _encode_timestamp_bytes(start.ts),
+            end.query_set,
+            end.identity,
+            _encode_timestamp_bytes(end.ts),
+        )
+    )
+    tail = (
+        b"]}"
+        if stamp is None
+        else b'],"clientClockSkew":%d,"serverTs":%d}' % (stamp.client_clock_skew_ms, stamp.server_ts)
+    )
+    return b"".join((head, b",".join(modifications), tail))
+
+
+def _groups_by_size(modifications: Sequence[bytes], frame_size_bytes_max: int) -> list[list[bytes]]:
+    room = frame_size_bytes_max - 512  # for the versions around the modifications
+    groups: list[list[bytes]] = [[]]
+    group_size_bytes = 0
+    for modification in modifications:
+        group_size_bytes += len(modification) + 1
+        if group_size_bytes > room and groups[-1]:
+            groups.append([])
+            group_size_bytes = len(modification) + 1
+        groups[-1].append(modification)
+    return groups
+
+
+def _cut(frame: bytes, end: StateVersion) -> list[bytes]:
+    """The parts of a Transition, cut between characters; nothing but a Ping may come between them."""
+    text = frame.decode()
+    chunks = [text[start : start + _CHUNK_LENGTH] for start in range(0, len(text), _CHUNK_LENGTH)]
+    transition_id = f"{end.ts}-{end.query_set}-{end.identity}"
+    return [
+        _encode(_TransitionChunk(transition_id=transition_id, part_number=number, total_parts=len(chunks), chunk=chunk))
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+# -- timestamps and client versions -----------------------------------------------------------------------------------
+
+
+def encode_timestamp(ts: int) -> str:
+    """Base64 of 64 bits, little-endian; 0 is `AAAAAAAAAAA=`."""
+    return _encode_timestamp_bytes(ts).decode()
+
+
+@lru_cache(maxsize=256)  # one commit is told to every subscriber
+def _encode_timestamp_bytes(ts: int) -> bytes:
+    assert 0 <= ts <= TIMESTAMP_MAX, ts
+    return b64encode(ts.to_bytes(_TIMESTAMP_SIZE_BYTES, "little"))
+
+
+def decode_timestamp(text: str) -> int:
+    try:
+        raw = b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidArgument(f"ts: expected base64 of 8 bytes, got {text[:40]!r}") from error
+    if len(raw) != _TIMESTAMP_SIZE_BYTES:
+        raise InvalidArgument(f"ts: expected base64 of 8 bytes, got {len(raw)}")
+    return int.from_bytes(raw, "little")
+
+
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+
+
+def accepts_chunks(path_version: str | None, convex_client: str | None) -> bool:
+    """Whether this client knows `TransitionChunk`: npm from 1.28.0 on, which tells its version in the path only."""
+    if convex_client is not None:
+        name, _, version = convex_client.partition("-")
+        if name != "npm":
+            return False
+    else:
+        version = path_version or ""
+    match = _VERSION.match(version)
+    return match is not None and tuple(int(part[:9]) for part in match.groups()) >= _CHUNKS_SINCE_NPM

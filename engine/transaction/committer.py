@@ -1,0 +1,237 @@
+"""The mutation queue, group commit, and the published timestamp.
+
+    waiting ──run on the loop, each in a savepoint──> ran ──COMMIT in a thread──> durable ──publish──> settled
+                          │ fails: rolled back to its savepoint                       │ disk full: rolled back, all fail
+                          └─ the whole transaction is gone: the others run again      └─ anything else: CommitUnknown, stop
+
+Invariants
+  1. Mutations run one after another; a group is one SQLite transaction, one fsync.
+  2. Nothing is settled before its group is durable and readers see it; then all of a group is, in the order it ran.
+  3. Commit timestamps strictly grow, over restarts too: `max(last + 1, wall clock in ns)`.
+  4. Readers move only inside `publish`, never while a COMMIT is under way.
+  5. After CommitUnknown nothing is answered and nothing runs: only a restart can tell what is on disk.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from engine.clock import Clock, cpu_clock
+from engine.errors import EngineClosed, EngineError, InternalError, Overloaded, RequestIdReused, StorageFull
+from engine.limits import Limits
+from engine.storage.connections import WriterConnection
+from engine.transaction.ledger import Ledger, LedgerKey
+from engine.transaction.transaction import Catalog, TickSource, WriteTransaction
+from engine.transaction.write_set import WriteSet
+
+_cpu = cpu_clock()
+
+
+class Execution(msgspec.Struct, frozen=True):
+    """What running a mutation's function gave; made by `functions/runner.py`, which catches the app's errors."""
+
+    value: bytes | None  # the result as JSON; None when the function failed and must be rolled back
+    detail: Any  # for whoever submitted it
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """How a mutation ended. Exactly one of `execution`, `recorded`, `error` is there."""
+
+    ts: int  # its commit timestamp; for one that wrote nothing, the newest it could have read
+    execution: Execution | None = None
+    recorded: bytes | None = None  # the result of the first time this request came
+    error: EngineError | None = None  # the engine's refusal, not the function's
+
+
+class Submission(msgspec.Struct, frozen=True):
+    """A mutation in the queue."""
+
+    execute: Callable[[WriteTransaction, int], Execution]  # given the transaction and the tick of `ctx.now`
+    settle: Callable[[Settled], None]  # called once, on the loop; never when the storage state is unknown
+    key: LedgerKey | None = None
+
+
+class Group(msgspec.Struct, frozen=True):
+    """A durable group commit, about to be published."""
+
+    ts: int
+    settled: list[tuple[Submission, Settled]]
+    write_set: WriteSet
+
+
+class Committer:
+    """The one writer of a database."""
+
+    def __init__(
+        self,
+        writer: WriterConnection,
+        catalog: Catalog,
+        ledger: Ledger,
+        limits: Limits,
+        clock: Clock,
+        publish: Callable[[Group], Awaitable[None]],
+        refresh_readers: Callable[[], None],
+        on_fatal: Callable[[InternalError], None],
+    ) -> None:
+        self._writer, self.catalog, self._ledger = writer, catalog, ledger
+        self._limits, self._clock = limits, clock
+        self._publish, self._refresh_readers, self._on_fatal = publish, refresh_readers, on_fatal
+        self.published_ts, last_tick = writer.read_meta()
+        self._last_ts = self.published_ts  # newest handed out; above `published_ts` while a group is open
+        self._ticks = TickSource(clock, last_tick)
+        self._queue: deque[Submission] = deque()
+        self._chores: list[Callable[[], None]] = []  # writes nobody waits for: they join the next group
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine-commit")
+        self._is_closing = False
+        self._between_groups = asyncio.Lock()
+
+    def submit(self, submission: Submission) -> None:
+        """Queue a mutation; it is settled after its commit. Raises Overloaded or EngineClosed at once."""
+        if self._is_closing:
+            raise EngineClosed("the engine is closing; connect again and resend.")
+        if len(self._queue) >= self._limits.mutation_pending_count_max:
+            raise Overloaded(
+                f"mutations waiting: {len(self._queue):,}, {self._limits.mutation_pending_count_max:,} allowed. "
+                "Try again, or raise limits.mutation_pending_count_max."
+            )
+        self._queue.append(submission)
+        self._wake.set()
+
+    def forget_seen(self, session_id: str, request_id_max: int) -> None:
+        """Drop ledger rows with the next group: the client has the answers."""
+        self._chores.append(lambda: self._ledger.forget_seen(self._writer, session_id, request_id_max))
+
+    def forget_old(self) -> None:
+        """Drop ledger rows past their days with the next group."""
+        self._chores.append(lambda: self._ledger.forget_old(self._writer, self._clock.wall_ns()))
+
+    @asynccontextmanager
+    async def between_groups(self) -> AsyncIterator[WriterConnection]:
+        """The writer for something that is no mutation (a schema change); no group runs meanwhile."""
+        async with self._between_groups:
+            yield self._writer
+
+    async def run(self) -> None:
+        """Commit groups until closed; ends at once, having told `on_fatal`, when storage cannot be trusted."""
+        try:
+            while self._queue or not self._is_closing:
+                if not self._queue:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                async with self._between_groups:
+                    await self._commit_group()
+        except InternalError as error:
+            self._is_closing = True  # invariant 5
+            self._on_fatal(error)
+        finally:
+            self._thread.shutdown(wait=True)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no mutation waits, runs or is being published."""
+        return not self._queue and not self._between_groups.locked()
+
+    def close(self) -> None:
+        """Refuse new mutations; `run` ends when those that wait are settled."""
+        self._is_closing = True
+        self._wake.set()
+
+    async def _commit_group(self) -> None:
+        if self._writer.foreign_commit_seen():
+            raise InternalError(
+                "another process wrote to this database while it was being served. "
+                "Stop that process: one engine is the only writer of its file."
+            )
+        group = self._run_group()
+        if len(group.write_set):
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.commit)
+            except StorageFull as error:  # rolled back: nothing of the group happened
+                group = Group(
+                    self.published_ts,
+                    [(submission, Settled(self.published_ts, error=error)) for submission, _ in group.settled],
+                    WriteSet(),
+                )
+        else:
+            self._writer.rollback()
+        assert group.ts >= self.published_ts, "invariant 3: timestamps grow"
+        self.published_ts = group.ts
+        await self._publish(group)
+        if self._writer.wal_size_bytes() > self._limits.wal_checkpoint_size_bytes:
+            await self._checkpoint()
+
+    def _run_group(self) -> Group:
+        """Run mutations that wait, back to back, into one open transaction."""
+        settled: list[tuple[Submission, Settled]] = []
+        write_set = WriteSet()
+        self._last_ts = self.published_ts
+        self._writer.begin()
+        end = _cpu() + self._limits.group_commit_ms_max / 1000
+        while self._queue and len(settled) < self._limits.group_commit_count_max:
+            submission = self._queue.popleft()
+            outcome = self._run_one(submission, write_set)
+            if not self._writer.in_transaction:
+                # SQLite rolled the whole transaction back (interrupt, FULL, NOMEM, IOERR): nobody of the group has
+                # been answered, so the others run again from the start and only this one fails.
+                self._queue.extendleft(other for other, _ in reversed(settled))
+                if outcome.error is None:
+                    outcome = Settled(self.published_ts, error=StorageFull("storage refused a write; try again."))
+                settled, write_set = [(submission, outcome)], WriteSet()
+                self._last_ts = self.published_ts
+                self._writer.begin()
+                continue
+            settled.append((submission, outcome))
+            if _cpu() > end:
+                break
+        if len(write_set):
+            for chore in self._chores:
+                chore()
+            self._chores.clear()
+            self._writer.write_meta(self._last_ts, self._ticks.last_tick)
+        return Group(self._last_ts, settled, write_set)
+
+    def _run_one(self, submission: Submission, group_writes: WriteSet) -> Settled:
+        """Run one mutation in its savepoint; add its writes to the group's when it succeeds."""
+        writer, key = self._writer, submission.key
+        try:
+            if key is not None and (recorded := self._ledger.lookup(writer, key)) is not None:
+                return Settled(recorded.ts, recorded=recorded.value)
+            writer.savepoint()
+            transaction = WriteTransaction(writer, self.catalog, self._limits, self._ticks, self._clock)
+            execution = submission.execute(transaction, self._ticks.next_tick())
+            if not writer.in_transaction:
+                return Settled(self.published_ts)
+            if execution.value is None:
+                writer.rollback_to()
+                writer.release()
+                return Settled(self._last_ts, execution=execution)
+            if len(transaction.write_set):
+                ts = max(self._last_ts + 1, self._clock.wall_ns())
+                if key is not None:
+                    self._ledger.record(writer, key, ts, execution.value)
+                self._last_ts = ts
+                group_writes.merge(transaction.write_set)
+            writer.release()
+            return Settled(self._last_ts, execution=execution)
+        except RequestIdReused as error:  # from the look-up, before anything ran
+            return Settled(self._last_ts, error=error)
+        except Overloaded as error:  # from the ledger, after the function ran
+            writer.rollback_to()
+            writer.release()
+            return Settled(self._last_ts, error=error)
+
+    async def _checkpoint(self) -> None:
+        """Copy the WAL into the database file, then let the next write start the WAL anew.
+
+        A reader that is pinned on frames of the WAL keeps it from starting anew (sqlite.org/wal.html), so the readers
+        move before, to the newest commit, and after, off the WAL.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.checkpoint)
+        self._refresh_readers()

@@ -1,0 +1,53 @@
+"""What a commit changed. Pure.
+
+Invariants
+  1. One entry a document: its first old state and its last new one. A document made and deleted in between is absent.
+  2. A write that leaves the row as it was never gets here (`transaction.py` compares the stored forms).
+"""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from engine.schema import Table, TableSchema
+
+
+class Write(msgspec.Struct, frozen=True):
+    """One changed document; `old` is None for an insert, `new` for a delete."""
+
+    table: TableSchema
+    document_id: str
+    old: Table | None
+    new: Table | None
+
+
+class WriteSet:
+    """The changed documents of one mutation, or of all mutations of one group commit."""
+
+    __slots__ = ("_by_document",)
+
+    def __init__(self, by_document: dict[tuple[str, str], Write] | None = None) -> None:
+        self._by_document = by_document if by_document is not None else {}
+
+    def add(self, write: Write) -> None:
+        place = (write.table.name, write.document_id)
+        earlier = self._by_document.pop(place, None)
+        if earlier is not None:
+            write = Write(write.table, write.document_id, earlier.old, write.new)
+        if write.old is not None or write.new is not None:
+            self._by_document[place] = write
+
+    def merge(self, other: "WriteSet") -> None:
+        """Add all that a later mutation wrote."""
+        for write in other:
+            self.add(write)
+
+    def copy(self) -> "WriteSet":
+        """The state to return to when a nested mutation fails."""
+        return WriteSet(dict(self._by_document))
+
+    def __iter__(self) -> Iterator[Write]:
+        return iter(self._by_document.values())
+
+    def __len__(self) -> int:
+        return len(self._by_document)

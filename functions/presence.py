@@ -1,0 +1,90 @@
+"""Who is watching which game right now.
+
+A player joins, sends a heartbeat every 30 seconds and leaves. One that only vanishes is marked inactive by
+`expire_sessions` once it has been silent for two minutes. A heartbeat that comes after that brings it back, so a
+viewer who was offline for a while is counted again.
+
+Invariants
+  1. A session id has one row (`by_session` is unique), so a player is counted in one game at most.
+  2. A heartbeat of an active session changes no key that a viewer count reads.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from engine import AppError, Id, MutationCtx, QueryCtx, cron, mutation, query
+from functions._users import find_user
+from schema import DeviceType, Game, Quality, StreamSession
+
+STALE_AFTER_MS = 2 * 60 * 1000  # four heartbeats of 30 seconds
+EXPIRE_COUNT_MAX = 500  # sessions in one run, so that a mass disconnect does not hold up other mutations
+
+SessionId = Annotated[str, Meta(min_length=1, max_length=128)]
+
+
+@mutation
+async def join(
+    ctx: MutationCtx, game_id: Id[Game], session_id: SessionId, device_type: DeviceType, quality: Quality | None = None
+) -> None:
+    """Start watching a game; a session that watches another one moves. Sending it again does no harm."""
+    if await ctx.db.get(game_id) is None:
+        raise AppError({"code": "GAME_NOT_FOUND", "message": "There is no such game."})
+    user = await find_user(ctx)
+    earlier = await _session(ctx, session_id)
+    stays = earlier is not None and earlier.active and earlier.game_id == game_id
+    session = StreamSession(
+        game_id=game_id,
+        user_id=user.id if user else None,
+        session_id=session_id,
+        joined_at=earlier.joined_at if earlier and stays else ctx.now,
+        last_heartbeat=ctx.now,
+        active=True,
+        device_type=device_type,
+        quality=quality,
+    )
+    if earlier is None:
+        await ctx.db.insert(session)
+    else:
+        await ctx.db.replace(earlier.id, session)
+
+
+@mutation
+async def heartbeat(ctx: MutationCtx, session_id: SessionId, game_id: Id[Game]) -> None:
+    """Still watching; brings back a session that had lapsed. A client that gets SESSION_NOT_FOUND joins."""
+    session = await _session(ctx, session_id)
+    if session is None or session.game_id != game_id:
+        raise AppError({"code": "SESSION_NOT_FOUND", "message": "This session has not joined this game."})
+    await ctx.db.patch(session.id, last_heartbeat=ctx.now, active=True)
+
+
+@mutation
+async def leave(ctx: MutationCtx, session_id: SessionId) -> None:
+    """Stop watching. Leaving twice, or a session that never joined, is no error: a closing page sends it blindly."""
+    session = await _session(ctx, session_id)
+    if session is not None and session.active:
+        await ctx.db.patch(session.id, active=False)
+
+
+@query
+async def get_viewer_count(ctx: QueryCtx, game_id: Id[Game]) -> dict[str, int]:
+    """`{"viewerCount": n}`: it runs again when somebody comes or goes, not at heartbeats."""
+    viewers = ctx.db.query(StreamSession.by_game_active, game_id=game_id, active=True)
+    return {"viewerCount": await viewers.count()}
+
+
+@cron(minutes=1)
+@mutation(internal=True)
+async def expire_sessions(ctx: MutationCtx) -> int:
+    """Mark sessions inactive that were silent for two minutes; says how many."""
+    silent = ctx.db.query(StreamSession.by_active_heartbeat, active=True, lte=ctx.now - STALE_AFTER_MS)
+    stale = await silent.take(EXPIRE_COUNT_MAX)
+    for session in stale:
+        await ctx.db.patch(session.id, active=False)
+    if len(stale) == EXPIRE_COUNT_MAX:
+        await ctx.scheduler.run_after(0, expire_sessions)
+    return len(stale)
+
+
+async def _session(ctx: MutationCtx, session_id: str) -> StreamSession | None:
+    return await ctx.db.query(StreamSession.by_session, session_id=session_id).unique()
