@@ -1,7 +1,7 @@
 """Python value ↔ wire value ↔ column: the public names of this layer.
 
 annotation ─ shapes ─┬─ decoder   wire value → Python value
-                     ├─ encoder   Python value → wire JSON
+                     ├─ encoder   Python value → wire JSON; `plain` tells when msgspec alone makes it
                      └─ columns   Python value ↔ SQLite column
 wire: what the JSON itself looks like
 """

@@ -11,8 +11,6 @@ A decoder is a tree of closures, one for each shape: an argument of type `str` c
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from engine.errors import InvalidArgument, SchemaError
 from engine.ids import is_id
 from engine.limits import Limits
@@ -245,15 +243,12 @@ class _Compiler:
         return decode_record
 
     def _constrained(self, shape: Constrained) -> Decode:
-        decode, annotation = self.compile(shape.inner), shape.annotation
-        convert, invalid = msgspec.convert, msgspec.ValidationError
+        decode, fits = self.compile(shape.inner), shape.fits
 
         def decode_constrained(wire: Any) -> Any:
             value = decode(wire)
-            try:
-                convert(value, annotation)
-            except invalid:
-                raise mismatch(shape, wire) from None
+            if not fits(value):
+                raise mismatch(shape, wire)
             return value
 
         return decode_constrained

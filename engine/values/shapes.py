@@ -130,6 +130,14 @@ class Constrained(Shape, frozen=True):
         ]
         return f"{self.inner} ({', '.join(bounds)})"
 
+    def fits(self, value: Any) -> bool:
+        """Whether a value of the inner shape is within the bounds."""
+        try:
+            msgspec.convert(value, self.annotation)
+        except msgspec.ValidationError:
+            return False
+        return True
+
 
 class UnionShape(Shape, frozen=True):
     alternatives: tuple[Shape, ...]  # two or more, none of them a union
@@ -249,6 +257,18 @@ def has_no_fixed_depth(shape: Shape) -> bool:
     return is_open(shape, ())
 
 
+def python_type_of(shape: Shape) -> type:
+    """The one Python type of the values of a shape that is neither a union nor anything."""
+    match shape:
+        case Constrained(inner):
+            return python_type_of(inner)
+        case LiteralShape(choices):
+            return type(choices[0])
+        case RecordShape(struct_type=struct_type):
+            return dict if struct_type is None else struct_type
+    return _TYPE_BY_SHAPE[type(shape)]
+
+
 class _Reader:
     """Reads one annotation; a record met again inside itself is the same shape."""
 
@@ -311,10 +331,9 @@ class _Reader:
         ]
         if not bounds:
             return inner
-        builtin = _BUILTIN_BY_SHAPE.get(type(inner))
-        if builtin is None:
+        if not isinstance(inner, _BOUNDED):
             raise SchemaError(f"{where}: bounds can be set on a number, str, bytes, list or dict, not on {inner}.")
-        constrained = builtin
+        constrained: Any = python_type_of(inner)
         for bound in bounds:
             constrained = Annotated[constrained, bound]
         try:
@@ -439,7 +458,10 @@ _SIMPLE: Mapping[Any, Shape] = {
     Any: Anything(),
     object: Anything(),
 }
-_BUILTIN_BY_SHAPE: Mapping[type[Shape], Any] = {
+_BOUNDED = (Int, Int64Shape, Float, Str, Bytes, ListShape, DictShape)
+_TYPE_BY_SHAPE: Mapping[type[Shape], type] = {
+    Null: type(None),
+    Bool: bool,
     Int: int,
     Int64Shape: int,
     Float: float,
