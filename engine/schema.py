@@ -51,6 +51,7 @@ INDEX_FIELD_COUNT_MAX = 16
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # in a class name, but for the first
 _SYSTEM_NAME = re.compile(r"_[A-Za-z0-9_]*")
+_SCALAR_TYPES = frozenset({type(None), bool, int, float, str, bytes})
 _BUILT_IN_FIELDS = {"id": "_id", "creation_time": "_creationTime"}  # and their names on the wire
 
 T = TypeVar("T", bound="Table")
@@ -482,6 +483,8 @@ def _compile_fit(shape: Shape, column: Column, tag_of_class: dict[str, str], lim
     def fit(value: Any) -> None:
         wire = to_wire(value)
         if column.is_scalar:
+            if type(value) not in _SCALAR_TYPES:  # an enum's member, a float of NumPy
+                raise Mismatch(f"expected {shape}, got a {type(value).__name__}. Give the plain value")
             if value != value:
                 raise Mismatch("NaN has no place in the order of a column; store None, or nest it in a list")
         else:

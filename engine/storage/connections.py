@@ -31,10 +31,10 @@ from engine.ranges import Scalar
 
 TEMPORARY = ":memory:"  # as a path: a file in a temporary directory, gone when it is closed
 FORMAT_VERSION = 1  # of the file; raised when an older engine could no longer read it
-SQLITE_VERSION_FIXED = (3, 51, 3)  # the WAL-reset bug is fixed from here on
 
 Row = tuple[Any, ...]
 
+_SQLITE_VERSION_SAFE = (3, 51, 3)  # invariant 2 is all that stands between older ones and the WAL-reset bug
 _BUSY_SECONDS_MAX = 5.0  # how long a foreign writer (an SQL shell) may keep us waiting
 _CACHED_STATEMENT_COUNT = 512
 _CACHE_SIZE_KIB = 16 << 10  # pages that each connection keeps
@@ -64,6 +64,17 @@ def translated(error: sqlite3.Error) -> EngineError:
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return Overloaded(f"Another program has locked the database for {_BUSY_SECONDS_MAX:g} s. Try again.")
     return InternalError(f"SQLite: {error} ({name})")
+
+
+def sqlite_warning() -> str | None:
+    """What to log at start about the SQLite library that this process uses; None when there is nothing to say."""
+    if sqlite3.sqlite_version_info >= _SQLITE_VERSION_SAFE:
+        return None
+    safe = ".".join(map(str, _SQLITE_VERSION_SAFE))
+    return (
+        f"SQLite {sqlite3.sqlite_version}: before {safe}, a second program that writes to the database or checkpoints "
+        "it can corrupt it while the engine runs. Reading it with other programs is fine."
+    )
 
 
 class Connection:
@@ -103,25 +114,22 @@ class WriterConnection(Connection):
     """The only connection that writes. Not for two threads at a time: COMMIT and checkpoints run on their own thread
     while nobody else touches the writer."""
 
-    def __init__(self, connection: sqlite3.Connection, wal: "_Wal") -> None:
+    def __init__(self, connection: sqlite3.Connection, wal_index: "_WalIndex") -> None:
         super().__init__(connection)
-        self._wal = wal
+        self._wal_index = wal_index
         ((page_size_bytes,),) = self.fetch_all("PRAGMA page_size")
         self._frame_size_bytes = int(page_size_bytes) + _WAL_FRAME_HEADER_SIZE_BYTES
         self._data_version = self._read_data_version()
-        self._savepoint_count = 0  # open ones, since `begin`
 
     # -- transactions
 
     def begin(self) -> None:
         """Open a transaction that may write: nobody else can from here on."""
-        self._savepoint_count = 0
         self.execute("BEGIN IMMEDIATE")
 
     def savepoint(self) -> None:
         """Open a savepoint, within another one perhaps."""
         self.execute("SAVEPOINT run")
-        self._savepoint_count += 1
 
     def rollback_to(self) -> None:
         """Undo what was written since the innermost savepoint, which stays open."""
@@ -130,12 +138,6 @@ class WriterConnection(Connection):
     def release(self) -> None:
         """Close the innermost savepoint; what was written since belongs to the one around it."""
         self.execute("RELEASE run")
-        self._savepoint_count -= 1
-
-    @property
-    def savepoint_is_open(self) -> bool:
-        """Whether there is a savepoint to roll back to; none is left once SQLite undid the transaction by itself."""
-        return self._savepoint_count > 0 and self.in_transaction
 
     def commit(self) -> None:
         """Make the transaction durable: it is on disk when this returns.
@@ -182,11 +184,7 @@ class WriterConnection(Connection):
     def wal_size_bytes(self) -> int:
         """What the WAL holds and the next write adds to; 0 when all of it is checkpointed. (The file keeps its size
         when it starts anew, so its size says nothing.)"""
-        return self._wal.read_frame_count() * self._frame_size_bytes
-
-    def wal_file_size_bytes(self) -> int:
-        """The room that the WAL takes on the disk."""
-        return self._wal.path.stat().st_size
+        return self._wal_index.read_frame_count() * self._frame_size_bytes
 
     def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"] = "PASSIVE") -> tuple[int, int]:
         """Copy the WAL into the database file: (frames in it, frames copied so far).
@@ -198,11 +196,10 @@ class WriterConnection(Connection):
         return frame_count, copied_count
 
 
-class _Wal:
-    """The WAL of an open database from outside: its file, and the index that connections share."""
+class _WalIndex:
+    """The index of the WAL that the connections of an open database share, seen from outside."""
 
     def __init__(self, database_path: Path) -> None:
-        self.path = Path(f"{database_path}-wal")
         self._index_path = f"{database_path}-shm"
         self._index_file = -1  # open from `open` to `close`
 
@@ -328,8 +325,8 @@ class Database:
             lock = _DatabaseLock(path)
             resources.callback(lock.release)
             _make_file(path)
-            wal = _Wal(path)
-            resources.callback(wal.close)
+            wal_index = _WalIndex(path)
+            resources.callback(wal_index.close)
             try:
                 connection = _connect(path, "rw")
                 resources.callback(connection.close)
@@ -341,8 +338,8 @@ class Database:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_NOTADB:
                     raise ConfigError(f"{path} is not an SQLite database. Use another path.") from error
                 raise translated(error) from error
-            wal.open()
-            return cls(path, WriterConnection(connection, wal), lock, resources.pop_all())
+            wal_index.open()
+            return cls(path, WriterConnection(connection, wal_index), lock, resources.pop_all())
 
     def open_reader(self) -> SnapshotReader:
         """One more read-only connection, not pinned yet; closed with the database at the latest."""
@@ -352,10 +349,6 @@ class Database:
             raise translated(error) from error
         self._readers.append(reader)
         return reader
-
-    def close_reader(self, reader: SnapshotReader) -> None:
-        self._readers.remove(reader)
-        reader.close()
 
     def read_secret(self) -> bytes:
         """32 bytes that nobody outside knows; made with the database."""

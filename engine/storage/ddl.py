@@ -16,6 +16,7 @@ Adding a field writes no row; any other change of how a field is stored copies i
 """
 
 from collections.abc import Callable, Iterator
+from math import isinf
 from typing import Any
 
 import msgspec
@@ -177,12 +178,11 @@ class _Migration:
         """The value as SQL; None for what cannot be the default of an added column."""
         if value is None and not field.column.nullable:
             return None  # an empty table, but SQLite does not look
-        # infinity, and text with a NUL, have no literal
-        ((literal,),) = self._writer.fetch_all("SELECT quote(?)", (value,))
-        if "\0" in literal or "inf" in literal.lower():
+        if isinstance(value, float) and isinf(value):
             return None
+        ((literal,),) = self._writer.fetch_all("SELECT quote(?)", (value,))
         ((read_back,),) = self._writer.fetch_all(f"SELECT {literal}")
-        return literal if read_back == value and type(read_back) is type(value) else None
+        return literal if read_back == value else None  # text with a NUL has no literal
 
     def _check_values(self, field: Field, stored: ColumnDescription) -> None:
         """Check that every row fits the new type of a column that is stored as before."""

@@ -11,13 +11,12 @@ Invariants
   4. Each call leaves no statement open.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 from math import inf
 from typing import Any, Literal, NamedTuple
 
 from engine.ranges import BY_CREATION_TIME, BYTES, HIGH, NULL, NUMBER, TEXT, IndexRange, OrderKey, Scalar
-from engine.schema import IndexSchema, TableSchema
+from engine.schema import IndexColumn, IndexSchema, TableSchema
 from engine.storage.connections import Connection, Row
 from engine.storage.rows import RowCodec, quoted
 
@@ -107,20 +106,23 @@ _Segment = tuple[_Shape, tuple[Scalar, ...]]
 _UNBOUNDED = _Bound()
 
 
-def _segments(index: IndexSchema, index_range: IndexRange) -> Iterator[_Segment]:
+def _segments(index: IndexSchema, index_range: IndexRange) -> list[_Segment]:
     """The segments of a range, ascending."""
     if index_range.start >= index_range.end:
-        return
+        return []
     first, last = index_range.start[:-1], index_range.end[:-1]
+    if first == last:
+        return _bounded(index, first, _UNBOUNDED, _UNBOUNDED)
     start_is_included, end_is_included = index_range.start[-1] != HIGH, index_range.end[-1] == HIGH
     shared = 0
     while shared < len(first) and first[shared : shared + 2] == last[shared : shared + 2]:
         shared += 2
+    segments: list[_Segment] = []
     # What shares more of the start's columns comes first: (1, 2, >3), then (1, >2), then (>1).
     for place in range(len(first) - 2, shared, -2):
         is_included = start_is_included and place == len(first) - 2
-        yield from _bounded(index, first[:place], _bound_at(first, place, is_included), _UNBOUNDED)
-    yield from _bounded(
+        segments += _bounded(index, first[:place], _bound_at(first, place, is_included), _UNBOUNDED)
+    segments += _bounded(
         index,
         first[:shared],
         _bound_at(first, shared, start_is_included and shared == len(first) - 2),
@@ -128,7 +130,8 @@ def _segments(index: IndexSchema, index_range: IndexRange) -> Iterator[_Segment]
     )
     for place in range(shared + 2, len(last), 2):
         is_included = end_is_included and place == len(last) - 2
-        yield from _bounded(index, last[:place], _UNBOUNDED, _bound_at(last, place, is_included))
+        segments += _bounded(index, last[:place], _UNBOUNDED, _bound_at(last, place, is_included))
+    return segments
 
 
 def _bound_at(prefix: OrderKey, place: int, is_included: bool) -> _Bound:
@@ -138,56 +141,59 @@ def _bound_at(prefix: OrderKey, place: int, is_included: bool) -> _Bound:
     return _Bound(rank, value, is_included)  # type: ignore[arg-type]  # a rank stands at each even place
 
 
-def _bounded(index: IndexSchema, prefix: OrderKey, lower: _Bound, upper: _Bound) -> Iterator[_Segment]:
+def _bounded(index: IndexSchema, prefix: OrderKey, lower: _Bound, upper: _Bound) -> list[_Segment]:
     """The segments of the keys that begin with `prefix` and have the next column within the bounds."""
     equal_count = len(prefix) // 2
     values: list[Any] = []
-    for column, rank, value in zip(index.columns, prefix[::2], prefix[1::2], strict=False):
-        if rank == NULL:
-            if not column.is_nullable:
-                return
-            values.append(None)
-        elif column.rank is None or rank == column.rank:
+    for place, column in enumerate(index.columns[:equal_count]):
+        rank, value = prefix[2 * place], prefix[2 * place + 1]
+        if rank == column.rank or (column.rank is None and rank != NULL):
             values.append(value)
+        elif rank == NULL and column.is_nullable:
+            values.append(None)
         else:
-            return  # invariant 3: the column holds nothing of this kind
-    if lower.rank is None and upper.rank is None:
-        yield _Shape(equal_count), tuple(values)
-        return
-
+            return []  # invariant 3: the column holds nothing of this kind
+    if lower is upper is _UNBOUNDED:
+        return [(_Shape(equal_count), tuple(values))]
     column = index.columns[equal_count]
-    holds_null = (
-        column.is_nullable
-        and (lower.rank is None or (lower.rank == NULL and lower.is_included))
-        and (upper.rank != NULL or upper.is_included)
+    segments: list[_Segment] = []
+    shape, bounds = _shape_of_values(column, equal_count, lower, upper)
+    if column.is_nullable and _holds_null(lower, upper):
+        if shape is not None and not bounds:  # null and all values: the whole prefix
+            return [(_Shape(equal_count), tuple(values))]
+        segments.append((_Shape(equal_count, is_null=True), tuple(values)))
+    elif column.is_nullable and shape is not None and not bounds:
+        # `IS NOT NULL` would not be looked up in the index
+        shape, bounds = shape._replace(lower=">="), (_SMALLEST_BY_RANK[column.rank],)
+    if shape is not None:
+        segments.append((shape, (*values, *bounds)))
+    return segments
+
+
+def _holds_null(lower: _Bound, upper: _Bound) -> bool:
+    return (lower.rank is None or (lower.rank == NULL and lower.is_included)) and (
+        upper.rank != NULL or upper.is_included
     )
-    holds_values = upper.rank != NULL
-    lower_sql: Literal["", ">", ">="] = ""
-    upper_sql: Literal["", "<", "<="] = ""
-    bounds: list[Any] = []
+
+
+def _shape_of_values(
+    column: IndexColumn, equal_count: int, lower: _Bound, upper: _Bound
+) -> tuple[_Shape | None, tuple[Any, ...]]:
+    """The segment of what is not null, with its bounds; no shape where nothing can be (invariant 3)."""
+    lower_sign: Literal["", ">", ">="] = ""
+    upper_sign: Literal["", "<", "<="] = ""
+    bounds: tuple[Any, ...] = ()
     if lower.rank is not None and lower.rank != NULL:
         if column.rank is None or lower.rank == column.rank:
-            lower_sql = ">=" if lower.is_included else ">"
-            bounds.append(lower.value)
+            lower_sign, bounds = ">=" if lower.is_included else ">", (lower.value,)
         elif lower.rank > column.rank:
-            holds_values = False
-    if upper.rank is not None and upper.rank != NULL:
+            return None, ()
+    if upper.rank is not None:
+        if upper.rank == NULL or (column.rank is not None and upper.rank < column.rank):
+            return None, ()
         if column.rank is None or upper.rank == column.rank:
-            upper_sql = "<=" if upper.is_included else "<"
-            bounds.append(upper.value)
-        elif upper.rank < column.rank:
-            holds_values = False
-
-    if holds_null and holds_values and not bounds:
-        yield _Shape(equal_count), tuple(values)
-        return
-    if holds_null:
-        yield _Shape(equal_count, is_null=True), tuple(values)
-    if holds_values:
-        if column.is_nullable and not bounds:
-            lower_sql = ">="  # `IS NOT NULL` would not be looked up in the index
-            bounds.append(_SMALLEST_BY_RANK[column.rank])
-        yield _Shape(equal_count, lower=lower_sql, upper=upper_sql), (*values, *bounds)
+            upper_sign, bounds = "<=" if upper.is_included else "<", (*bounds, upper.value)
+    return _Shape(equal_count, lower=lower_sign, upper=upper_sign), bounds
 
 
 # -- from a segment to SQL; names come from the checked schema, values are parameters
