@@ -22,15 +22,13 @@ import importlib
 import inspect
 import json
 import logging
-import os
-import signal
 import sys
 import traceback
 import urllib.error
 import urllib.request
-from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Coroutine
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,31 +36,31 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 import msgspec
 import uvloop
-from aiohttp import web
 
 from engine.auth.admin import digest_of, identity_of_attributes, make_admin_key
 from engine.auth.development import DEVELOPMENT_ISSUER
-from engine.auth.providers import AuthProvider
-from engine.clock import Clock, SystemClock
+from engine.backend import EngineBackend
+from engine.clock import SystemClock
 from engine.config import CONFIG_FILE, Config, Mode, load_config
 from engine.engine import Engine
 from engine.errors import (
     AuthenticationFailed,
     CommitUnknown,
-    ConfigError,
     DeveloperError,
     EngineError,
+    FunctionFailed,
     FunctionNotFound,
     InternalError,
     Overloaded,
+    RequestError,
 )
 from engine.functions.loader import load_app
 from engine.functions.registry import Function
 from engine.ids import IdOf
 from engine.live.live_query import Result
-from engine.observe.log import log_events, set_up_logging
-from engine.server.app import serving
-from engine.storage.connections import LockHolder, lock_holder
+from engine.observe.log import set_up_logging
+from engine.server.process import check_free, serving_process, stop_signals, unless_failed
+from engine.storage.connections import lock_holder
 from engine.sync.backend import ActionOutcome, MutationOutcome
 from engine.values import Int64
 
@@ -79,21 +77,12 @@ DEFAULT_DATABASE = Path("data") / "engine.db"
 _LATER_COMMANDS = {"dev": "engine.dev"}  # command → the module that has it under this name
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class CommandFailed(click.ClickException):
-    """A command that ends with a message and a code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"engine: {self.message}", file=file, err=file is None)
+T = TypeVar("T")
+_log = logging.getLogger("engine")
 
 
 class _Commands(click.Group):
-    """The commands, as they are defined; `dev` comes after this module in the layers, and is imported when asked for."""
+    """The commands, as they are defined; `dev`, a layer above this one, is imported when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*_LATER_COMMANDS, *self.commands]
@@ -109,9 +98,15 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except EngineError as error:
-            raise CommandFailed(str(error), exit_code_of(error)) from error
+            click.echo(f"engine: {error}", err=True)
+            ctx.exit(exit_code_of(error))
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own way to end
+        except Exception:  # noqa: BLE001 - the door
+            click.echo(f"engine: a bug of the engine\n{traceback.format_exc()}", err=True)
+            ctx.exit(EXIT_INTERNAL)
 
 
 def exit_code_of(error: EngineError) -> int:
@@ -150,12 +145,19 @@ def database_path(app: Path, database: Path | None) -> Path:
     return database if database is not None else app / DEFAULT_DATABASE
 
 
+def _installed_version() -> str:
+    try:
+        return version("reactive-engine")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Start with `engine dev` in a directory that has schema.py and functions/.",
 )
-@click.version_option(package_name="reactive-engine", prog_name="engine")
+@click.version_option(_installed_version(), prog_name="engine")
 def main() -> None:
     """A reactive backend: typed tables in SQLite, Python functions, live queries."""
 
@@ -163,13 +165,54 @@ def main() -> None:
 @main.command()
 @app_option
 @database_option
-@click.option("--identity", metavar="USER", help='Act as a user: a development subject, or JSON {"issuer", "subject", …}.')
+@address_options
+def serve(app: Path, database: Path | None, host: str | None, port: int | None) -> None:
+    """Serve an app to its users.
+
+    Errors are redacted, and the app's code stays as it was at the start.
+
+    SIGTERM and Ctrl-C stop gracefully: what was accepted is answered, clients come back by themselves.
+
+    \b
+    engine serve --app . --database /var/lib/app/engine.db --port 3210
+    """
+    set_up_logging()
+    config = configuration(app, "production", host, port)
+    run_loop(_serve(app, database_path(app, database), config))
+
+
+async def _serve(app: Path, database: Path, config: Config) -> None:
+    with stop_signals() as stop:
+        async with serving_process(app, database, config, SystemClock()) as (engine, address):
+            _log.info("serving %s with %d functions, data in %s", address, len(engine.registry.by_path), database)
+            await unless_failed(engine, stop.wait(), exit_code_of)
+
+
+def configuration(app: Path, mode: Mode, host: str | None, port: int | None) -> Config:
+    """That of the app, with what was typed over it."""
+    typed = {"mode": mode, "host": host, "port": port}
+    return load_config(app, {name: value for name, value in typed.items() if value is not None})
+
+
+def run_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end on uvloop, which carries twice the messages of asyncio's own loop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+@main.command()
+@app_option
+@database_option
+@click.option(
+    "--identity", metavar="USER", help='Act as a user: a development subject, or JSON {"issuer", "subject", …}.'
+)
 @click.argument("path")
 @click.argument("arguments", default="{}", metavar="[JSON]")
 def run(app: Path, database: Path | None, identity: str | None, path: str, arguments: str) -> None:
-    """Call the function PATH with the arguments in JSON (`-` reads them), and print its result.
+    """Call a function and print its result.
 
-    It runs in the process that serves the database, if one does, else here. Internal functions may be called too.
+    PATH names it; its arguments are an object in JSON, `-` reads them from standard input. It runs in the process that
+    serves the database, if one does, else here. Internal functions may be called too.
 
     \b
     engine run games:list
@@ -179,18 +222,18 @@ def run(app: Path, database: Path | None, identity: str | None, path: str, argum
     asked = _Asked(path, _parse_arguments(arguments), _parse_identity(identity))
     database = database_path(app, database)
     holder = lock_holder(database)
-    if holder is None:
-        outcome = _run_here(app, database, asked)
-    elif holder.address is None or holder.key is None:
-        raise CommandFailed(_in_use(database, holder), EXIT_UNAVAILABLE)
-    else:
+    if holder is not None and holder.address is not None and holder.key is not None:
         limits = load_config(app).limits
         outcome = _run_there(holder.address, holder.key, asked, seconds_max=limits.action_seconds_max)
+    else:
+        check_free(database)
+        set_up_logging(level=logging.WARNING)
+        outcome = run_loop(_run_here(app, database, asked))
     for line in outcome.log_lines:
         click.echo(line, err=True)
     if outcome.error_message is not None:
         data = "" if outcome.value is None else f"\n{_pretty(outcome.value)}"
-        raise CommandFailed(outcome.error_message + data, EXIT_FAILED)
+        raise FunctionFailed(outcome.error_message + data)
     assert outcome.value is not None, "a function that succeeded has a value"
     click.echo(_pretty(outcome.value))
 
@@ -235,24 +278,45 @@ def _parse_identity(text: str | None) -> dict[str, Any] | None:
 
 
 def _pretty(value: bytes) -> str:
-    """Indented, and with numbers as JavaScript prints them: `1`, not `1.0`."""
-    return json.dumps(_plain_numbers(json.loads(value)), indent=2, ensure_ascii=False)
+    """Indented, and with numbers as people write them: `1`, neither `1.0` nor `{"$integer": "AQAAAAAAAAA="}`."""
+    return json.dumps(_with_plain_numbers(json.loads(value)), indent=2, ensure_ascii=False)
 
 
-def _plain_numbers(value: Any) -> Any:
+def _with_plain_numbers(value: Any) -> Any:
     match value:
-        case float():
-            return int(value) if value.is_integer() and abs(value) <= 2**53 else value
+        case float() if value.is_integer() and abs(value) <= 2**53:
+            return int(value)
+        case {"$integer": str(encoded), **others} if not others:
+            return int.from_bytes(b64decode(encoded), "little", signed=True)
         case dict():
-            return {name: _plain_numbers(member) for name, member in value.items()}
+            return {name: _with_plain_numbers(member) for name, member in value.items()}
         case list():
-            return [_plain_numbers(item) for item in value]
+            return [_with_plain_numbers(item) for item in value]
         case _:
             return value
 
 
-def _in_use(database: Path, holder: LockHolder) -> str:
-    return f"{database} is in use by process {holder.pid or '(starting)'}, which does not serve. Try again when it is done."
+async def _run_here(app: Path, database: Path, asked: _Asked) -> _Outcome:
+    """On the database itself, which nobody serves."""
+    async with Engine.open(app, database, mode="development") as engine:
+        outcome = await unless_failed(engine, _call(engine.backend, asked), exit_code_of)
+    failure = outcome.failure
+    if failure is None:
+        return _Outcome(outcome.value, None, outcome.log_lines)
+    return _Outcome(failure.data, failure.message, outcome.log_lines)
+
+
+async def _call(backend: EngineBackend, asked: _Asked) -> Result | MutationOutcome | ActionOutcome:
+    identity = None if asked.acting_as is None else identity_of_attributes(asked.acting_as)
+    match backend.function_kind(asked.path, is_admin=True):
+        case "query":
+            return await backend.http_query(asked.path, asked.arguments, identity, is_admin=True)
+        case "mutation":
+            return await backend.http_mutation(asked.path, asked.arguments, identity, is_admin=True)
+        case "action":
+            return await backend.http_action(asked.path, asked.arguments, identity, is_admin=True)
+        case None:
+            raise FunctionNotFound(asked.path, "query, mutation or action")
 
 
 def _run_there(address: str, key: str, asked: _Asked, *, seconds_max: float) -> _Outcome:
@@ -272,7 +336,7 @@ def _run_there(address: str, key: str, asked: _Asked, *, seconds_max: float) -> 
         with refusal:
             raise _refused(refusal.code, refusal.read()) from refusal
     except OSError as cause:
-        raise CommandFailed(f"{address} does not answer: {cause}", EXIT_UNAVAILABLE) from cause
+        raise Overloaded(f"{address} does not answer: {cause}") from cause
     value = answer.get("value") if answer["status"] == "success" else answer.get("errorData")
     return _Outcome(
         value=None if answer["status"] != "success" and "errorData" not in answer else json.dumps(value).encode(),
@@ -281,22 +345,29 @@ def _run_there(address: str, key: str, asked: _Asked, *, seconds_max: float) -> 
     )
 
 
-def _refused(status: int, body: bytes) -> CommandFailed:
+def _refused(status: int, body: bytes) -> EngineError:
+    """What the server says about a request that did not come as far as a function."""
     try:
-        message = str(json.loads(body)["message"])
+        message = f"{json.loads(body)['message']} ({status})"
     except (ValueError, TypeError, KeyError):
-        message = body[:200].decode(errors="replace")
-    exit_code = {400: EXIT_FAILED, 413: EXIT_FAILED, 500: EXIT_INTERNAL}.get(status, EXIT_UNAVAILABLE)
-    return CommandFailed(f"refused ({status}): {message}", exit_code)
+        message = f"{body[:200].decode(errors='replace')} ({status})"
+    match status:
+        case 400 | 413:
+            return RequestError(message)
+        case 500:
+            return InternalError(message)
+        case _:
+            return Overloaded(message)
 
 
 @main.command()
 @app_option
 @click.option("--internal/--no-internal", "with_internal", default=True, help="Also those that clients cannot call.")
 def functions(app: Path, with_internal: bool) -> None:
-    """List the app's functions: path, kind, and arguments with their types.
+    """List the functions of an app.
 
-    No database is opened: this also checks that schema.py and functions/ are in order.
+    Path, kind, and arguments with their types. No database is opened; this also checks that schema.py and functions/
+    are in order.
 
     \b
     engine functions
@@ -348,10 +419,11 @@ def type_name(annotation: Any) -> str:
 
 @main.command("admin-key")
 def admin_key() -> None:
-    """Make an admin key, and the line of engine.toml that accepts it.
+    """Make an admin key.
 
-    The key is shown once; the engine keeps only its SHA-256. To replace a key, list the new digest beside the old one,
-    start again, change over, and take the old one out.
+    The key comes on standard output, the line of engine.toml that accepts it beside it. It is shown once: the engine
+    keeps only its SHA-256. To replace a key, list the new digest beside the old one, start again, change over, and take
+    the old one out.
     """
     key = make_admin_key(SystemClock())
     click.echo("Keep this key; clients send it as `Authorization: Convex <key>`:\n", err=True)

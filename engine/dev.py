@@ -1,25 +1,40 @@
 """`engine dev`: new code on save, and what a newcomer sees first.
 
 Invariants
-  1. Saving swaps the app's code whole or not at all: with an error the old code goes on serving, and the error is shown.
+  1. Saving swaps the app's code whole, or not at all: then the error is shown and the old code goes on serving.
   2. Only what is code or configuration counts as a save: not bytecode, not the database, not an editor's own files.
 """
 
 import asyncio
+import inspect
+import logging
 import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.table import Table as Columns
+import click
+from rich.console import Console
 from rich.text import Text
 from watchfiles import Change, awatch
 
-from engine.config import CONFIG_FILE
+from engine.auth.development import DevelopmentIssuer
+from engine.cli import (
+    address_options,
+    app_option,
+    configuration,
+    database_option,
+    database_path,
+    exit_code_of,
+    run_loop,
+)
+from engine.clock import SystemClock
+from engine.config import CONFIG_FILE, Config
 from engine.errors import DeveloperError
 from engine.functions.registry import Registry
+from engine.observe.log import set_up_logging
+from engine.server.development import development_routes
+from engine.server.process import check_free, serving_process, stop_signals, unless_failed
 
 FUNCTIONS_DIRECTORY = "functions"
 _QUIET_MS = 30  # saves this close together are one: an editor writes, renames and touches
@@ -33,15 +48,14 @@ def is_source(change: Change, path: str) -> bool:
 
 
 class Saves:
-    """The saves of an app's sources, from entering the `async with` on.
+    """The saves of an app's sources, from entering the `async with` on until `stop`.
 
     The app's own directory is not watched in depth: an environment or `node_modules` in it has 100,000 files.
     """
 
-    def __init__(self, app: Path) -> None:
-        self._app = app.resolve()
-        self._stopped = asyncio.Event()
-        self._paths: asyncio.Queue[frozenset[Path]] = asyncio.Queue()  # one item for each group of saves
+    def __init__(self, app: Path, stop: asyncio.Event) -> None:
+        self._app, self._stop = app.resolve(), stop
+        self._paths: asyncio.Queue[frozenset[Path]] = asyncio.Queue()  # an item each group of saves; empty: no more
         self._watchers: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Saves":
@@ -57,43 +71,47 @@ class Saves:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopped.set()
+        self._stop.set()
         await asyncio.gather(*self._watchers)
 
     async def next(self) -> frozenset[str]:
-        """What was saved since the last time, as paths below the app; waits for a save."""
+        """What was saved since the last time, as paths below the app; waits for a save. Empty: there are no more."""
+        if any(watcher.done() for watcher in self._watchers):  # stopped; or broken, which `__aexit__` raises
+            return frozenset()
         paths = await self._paths.get()
         while not self._paths.empty():
             paths |= self._paths.get_nowait()
         return frozenset(path.relative_to(self._app).as_posix() for path in paths)
 
     async def _watch(self, directory: Path, *, is_deep: bool) -> None:
-        async for changes in awatch(
-            directory,
-            watch_filter=is_source,
-            debounce=_GROUPED_MS_MAX,
-            step=_QUIET_MS,
-            stop_event=self._stopped,
-            recursive=is_deep,
-        ):
-            self._paths.put_nowait(frozenset(Path(path) for _, path in changes))
+        try:
+            async for changes in awatch(
+                directory,
+                watch_filter=is_source,
+                debounce=_GROUPED_MS_MAX,
+                step=_QUIET_MS,
+                stop_event=self._stop,
+                recursive=is_deep,
+            ):
+                self._paths.put_nowait(frozenset(Path(path) for _, path in changes))
+        finally:
+            self._paths.put_nowait(frozenset())
 
 
 async def reload_on_save(saves: Saves, reload: Callable[[], Awaitable[None]], console: Console) -> None:
-    """Call `reload` at each save, for ever; it raises, and has changed nothing, if the code is wrong (1)."""
-    while True:
-        saved = await saves.next()
+    """Call `reload` at each save; it raises, and has changed nothing, if the code is wrong (1)."""
+    while saved := await saves.next():
         names = ", ".join(sorted(saved))
         if saved == {CONFIG_FILE}:
-            console.print(f"{names} was saved: stop and start again to use it.", style="yellow", markup=False)
+            console.print(f"{names}: stop and start again to use it.", style="yellow", markup=False)
             continue
         try:
             await reload()
         except Exception as error:  # noqa: BLE001 - a door: whatever the app's code raises is its author's to see
-            console.print(f"{names} was not loaded; the old code goes on serving.", style="bold red", markup=False)
+            console.print(f"{names}: not loaded, the old code goes on serving.", style="bold red", markup=False)
             console.print(explain(error), markup=False, highlight=False, soft_wrap=True)
         else:
-            console.print(f"{names} is live.", style="green", markup=False)
+            console.print(f"{names}: the new code is live.", style="green", markup=False)
 
 
 def explain(error: Exception) -> str:
@@ -101,26 +119,64 @@ def explain(error: Exception) -> str:
     return str(error) if isinstance(error, DeveloperError) else "".join(traceback.format_exception(error)).rstrip()
 
 
-def banner(address: str, *, app: Path, database: Path, registry: Registry) -> Group:
+def banner(address: str, *, app: Path, database: Path, registry: Registry) -> Text:
     """What runs, and what to open and type next."""
-    rows = Columns.grid(padding=(0, 2))
-    sign_in = f"""curl {address}/dev/token -H 'Content-Type: application/json' -d '{{"subject": "alice"}}'"""
-    for label, text in (
-        ("serving", f"{app.resolve()} with {len(registry.by_path)} functions, data in {database}"),
-        ("connect", f'new ConvexClient("{address}")  ·  ConvexClient("{address}") in Python'),
-        ("call", f"engine run {_example_call(registry)}"),
-        ("sign in", sign_in),
-        ("edit", f"save a file in {FUNCTIONS_DIRECTORY}/ and every subscriber has the new code's results"),
-        ("stop", "Ctrl-C"),
-    ):
-        rows.add_row(Text(label, style="dim"), Text(text, no_wrap=True, overflow="ignore"))
-    return Group(Text(f"\n  {address}", style="bold green"), Padding(rows, (1, 2)))
+    lines = {
+        "serving": f"{app.resolve()}, {len(registry.by_path)} functions, data in {database}",
+        "connect": f'new ConvexClient("{address}")',
+        "call": f"engine run {_example_call(registry)}",
+        "sign in": f"""curl {address}/dev/token -H 'Content-Type: application/json' -d '{{"subject": "alice"}}'""",
+        "edit": f"save a file in {FUNCTIONS_DIRECTORY}/ and every subscriber has the results of the new code",
+        "stop": "Ctrl-C",
+    }
+    text = Text(f"\n  {address}\n\n", style="bold green")
+    for label, line in lines.items():
+        text.append(f"  {label:9}", style="not bold dim default").append(f"{line}\n", style="not bold default")
+    return text
 
 
 def _example_call(registry: Registry) -> str:
     """A query of this app, rather one that needs no arguments."""
-    queries = [function for function in registry.by_path.values() if function.kind == "query" and not function.is_internal]
-    for function in queries:
-        if function.signature.is_callable_without_arguments:
-            return function.path
-    return f"{queries[0].path} '{{…}}'" if queries else "module:function '{}'"
+    queries = [
+        function for function in registry.by_path.values() if function.kind == "query" and not function.is_internal
+    ]
+    for query in queries:
+        parameters = list(inspect.signature(query.callable).parameters.values())[1:]
+        if all(parameter.default is not parameter.empty for parameter in parameters):
+            return query.path
+    return f"{queries[0].path} '{{…}}'" if queries else "MODULE:FUNCTION"
+
+
+@click.command()
+@app_option
+@database_option
+@address_options
+def dev(app: Path, database: Path | None, host: str | None, port: int | None) -> None:
+    """Serve an app while you write it.
+
+    Save a file and it is live; errors are shown whole; anybody can log in:
+    POST /dev/token hands out tokens for made-up users, on this machine only.
+
+    \b
+    engine dev
+    engine dev --app examples/chat --port 3211
+    """
+    set_up_logging(level=logging.WARNING)
+    run_loop(_serve(app, database_path(app, database), configuration(app, "development", host, port)))
+
+
+async def _serve(app: Path, database: Path, config: Config) -> None:
+    console, clock = Console(stderr=True), SystemClock()
+    check_free(database)
+    issuer = DevelopmentIssuer.open(database, clock)
+    with stop_signals() as stop:
+        async with (
+            serving_process(
+                app, database, config, clock, providers=[issuer.provider], extra_routes=development_routes(issuer)
+            ) as (engine, address),
+            Saves(app, stop) as saves,
+        ):
+            for change in engine.schema_changes:
+                console.print(f"schema: {change}", style="dim", markup=False)
+            console.print(banner(address, app=app, database=database, registry=engine.registry), soft_wrap=True)
+            await unless_failed(engine, reload_on_save(saves, engine.reload, console), exit_code_of)
