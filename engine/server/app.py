@@ -1,17 +1,15 @@
-"""The server: its routes, errors as JSON, starting and stopping.
+"""The server: its routes, what is the same for all of them, starting and stopping.
 
 Invariants
   1. A socket that has not sent a whole request header in time is closed (aiohttp has no timer for that).
   2. Whatever goes wrong is answered with `code` and `message` as JSON, readable by the page that asked.
-  3. Stopping takes nobody in any more, lets each mutation that runs be answered, and tells all clients to come back.
-
-`serving` is a running server for scripts and tests; `serve` runs until the process is told to stop.
+  3. A page of an origin that is not allowed reaches no handler.
+  4. Stopping takes nobody in any more, lets each mutation that runs be answered, and tells all clients to come back.
 """
 
 import asyncio
 import logging
 import resource
-import signal
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -38,11 +36,15 @@ _SPARE_FILE_COUNT: Final = 128  # descriptors for the database, for HTTP and for
 _BACKLOG_COUNT: Final = 1_024  # after a restart all clients come back at once
 
 
-class ServedEngine(HttpBackend, Protocol):
+class Doors(Backend, HttpBackend, Protocol):
+    """What sessions and HTTP requests ask."""
+
+
+class ServedEngine(Protocol):
     """What a server needs of an engine."""
 
     @property
-    def backend(self) -> Backend: ...
+    def backend(self) -> Doors: ...
 
     @property
     def config(self) -> Config: ...
@@ -61,7 +63,7 @@ def make_app(
     """The application of one engine; `extra_routes` are for commands that serve more than the API."""
     config = engine.config
     limits, origins = config.limits, Origins(config.allowed_origins)
-    http = HttpDoor(engine, limits, origins)
+    http = HttpDoor(engine.backend, limits, origins)
     sync = WebSocketDoor(
         engine.backend,
         limits,
@@ -100,7 +102,7 @@ def make_app(
 async def serving(
     engine: ServedEngine, host: str, port: int, *, extra_routes: Iterable[web.RouteDef] = ()
 ) -> AsyncIterator[str]:
-    """A running server, as the address that clients are given; stops gracefully on the way out (3)."""
+    """A running server, as the address that clients are given; stops gracefully on the way out (4)."""
     connection_count_max = _connection_count_max(engine.config.limits)
     app = make_app(engine, extra_routes=extra_routes, connection_count_max=connection_count_max)
     runner = web.AppRunner(
@@ -129,30 +131,6 @@ async def serving(
         await runner.cleanup()
 
 
-async def serve(
-    engine: ServedEngine,
-    host: str,
-    port: int,
-    *,
-    extra_routes: Iterable[web.RouteDef] = (),
-    started: Callable[[str], None] = lambda address: None,
-    stop: asyncio.Event | None = None,
-) -> None:
-    """Serve until `stop` is set, or SIGTERM or SIGINT comes; `started` is told the address."""
-    stop = asyncio.Event() if stop is None else stop
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    async with serving(engine, host, port, extra_routes=extra_routes) as address:
-        for number in signals:
-            loop.add_signal_handler(number, stop.set)
-        try:
-            started(address)
-            await stop.wait()
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
-
-
 def _api(path: str) -> str:
     """The route of an endpoint; an address that ends in a slash makes clients ask for `//api/…`."""
     return "/{slashes:/*}api/" + path
@@ -165,13 +143,14 @@ def _around_each(origins: Origins) -> Middleware:
         if timer is not None:
             timer.cancel()
         response: web.StreamResponse
-        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-            response = origins.preflight(request)
-        else:
-            try:
+        try:
+            origins.check(request)  # 3
+            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+                response = origins.preflight(request)
+            else:
                 response = await handler(request)
-            except Exception as error:  # noqa: BLE001 - the door: each becomes one answer
-                response = error_response(error)
+        except Exception as error:  # noqa: BLE001 - the door: each becomes one answer
+            response = error_response(error)
         if not response.prepared:
             origins.mark(request, response.headers)
             response.headers["X-Content-Type-Options"] = "nosniff"
@@ -206,8 +185,9 @@ def _connection_count_max(limits: Limits) -> int:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < wanted:
-            _log.warning("%d connections at most: the system lets this process open %d files (ulimit -n)", soft, soft)
-            return max(1, soft - _SPARE_FILE_COUNT)
+            count_max = max(1, soft - _SPARE_FILE_COUNT)
+            _log.warning("%d connections at most: the system allows %d open files (ulimit -n)", count_max, soft)
+            return count_max
     return limits.connection_count_max
 
 

@@ -6,16 +6,20 @@ Who may ask is `auth.development`'s to say; here it is only spoken over HTTP. Th
 browser then asks us first (CORS) before a foreign page may send anything.
 """
 
+from collections.abc import Sequence
+
 from aiohttp import web
 
 from engine.auth.development import DevelopmentIssuer, may_issue, parse_token_request
 from engine.errors import Forbidden, InvalidArgument, RequestError
 
+Routes = Sequence[web.RouteDef]
+
 TOKEN_PATH = "/dev/token"  # noqa: S105 - an address
 _STATUS_BY_CODE = {Forbidden.code: 403, InvalidArgument.code: 400}
 
 
-def development_routes(issuer: DevelopmentIssuer) -> list[web.RouteDef]:
+def development_routes(issuer: DevelopmentIssuer) -> Routes:
     """The routes that `engine dev` adds."""
 
     async def give_token(request: web.Request) -> web.Response:

@@ -51,17 +51,27 @@ class HttpBackend(Protocol):
     """What HTTP requests ask of the engine. Failures of functions are in the outcomes; refusals may be raised."""
 
     async def http_query(
-        self, path: str, arguments: bytes, identity: Identity | None, at_ts: int | None = None
+        self,
+        path: str,
+        arguments: bytes,
+        identity: Identity | None,
+        at_ts: int | None = None,
+        *,
+        is_admin: bool = False,
     ) -> Result:
         """At the published timestamp, or at one that `retain_snapshot` gave; `RequestError` if it is kept no more."""
 
-    async def http_mutation(self, path: str, arguments: bytes, identity: Identity | None) -> MutationOutcome:
+    async def http_mutation(
+        self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
+    ) -> MutationOutcome:
         """Answered after its commit."""
 
-    async def http_action(self, path: str, arguments: bytes, identity: Identity | None) -> ActionOutcome: ...
+    async def http_action(
+        self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
+    ) -> ActionOutcome: ...
 
-    def function_kind(self, path: str) -> Kind | None:
-        """The kind of a public function; None if there is none of this path."""
+    def function_kind(self, path: str, *, is_admin: bool = False) -> Kind | None:
+        """The kind of a function, for admins of internal ones too; None if there is none of this path."""
 
     def retain_snapshot(self) -> int:
         """The published timestamp, kept readable for `snapshot_retained_seconds`."""
@@ -112,7 +122,8 @@ class HttpDoor:
         verified = await self._verify(request)
         if verified is None or not verified.is_admin:
             raise Forbidden("/api/function is for admins: send `Authorization: Convex <admin key>`.")
-        return _json(await self._answer(ask, self._kind_of(ask.path), verified.identity))
+        kind = self._kind_of(ask.path, is_admin=True)
+        return _json(await self._answer(ask, kind, verified.identity, is_admin=True))
 
     async def run(self, request: web.Request) -> web.Response:
         """A function whose path is in the address: `/api/run/live/quiz/join` is `live/quiz:join`."""
@@ -168,7 +179,9 @@ class HttpDoor:
         ask = _decode(await self._body(request), _Ask)
         return _json(await self._answer(ask, kind, await self._identity(request)))
 
-    async def _answer(self, ask: _Ask, kind: Kind, identity: Identity | None, at_ts: int | None = None) -> bytes:
+    async def _answer(
+        self, ask: _Ask, kind: Kind, identity: Identity | None, at_ts: int | None = None, *, is_admin: bool = False
+    ) -> bytes:
         """The response body of one function that was run."""
         is_lossy = _is_lossy(ask.format)
         if ask.component_path:  # components are for admins of the reference server; there are none here
@@ -177,11 +190,11 @@ class HttpDoor:
         arguments = self._arguments(ask.args)
         outcome: Result | MutationOutcome | ActionOutcome
         if kind == "query":
-            outcome = await self._backend.http_query(ask.path, arguments, identity, at_ts)
+            outcome = await self._backend.http_query(ask.path, arguments, identity, at_ts, is_admin=is_admin)
         elif kind == "mutation":
-            outcome = await self._backend.http_mutation(ask.path, arguments, identity)
+            outcome = await self._backend.http_mutation(ask.path, arguments, identity, is_admin=is_admin)
         else:
-            outcome = await self._backend.http_action(ask.path, arguments, identity)
+            outcome = await self._backend.http_action(ask.path, arguments, identity, is_admin=is_admin)
         if outcome.failure is None:
             assert outcome.value is not None, "a function that succeeded has a value"
             return b'{"status":"success","value":%b,"logLines":%b}' % (
@@ -193,8 +206,8 @@ class HttpDoor:
         data = None if data is None else _in_format(data, is_lossy=is_lossy)
         return _failed(outcome.failure.message, data, outcome.log_lines)
 
-    def _kind_of(self, path: str) -> Kind:
-        return self._backend.function_kind(path) or "query"  # as a query it is then not found
+    def _kind_of(self, path: str, *, is_admin: bool = False) -> Kind:
+        return self._backend.function_kind(path, is_admin=is_admin) or "query"  # as a query it is then not found
 
     def _arguments(self, args: Raw) -> bytes:
         """The JSON of the arguments object, which clients send bare (PyPI) or in an array (npm)."""

@@ -11,6 +11,8 @@ from collections.abc import Iterable, MutableMapping
 
 from aiohttp import web
 
+from engine.errors import Forbidden
+
 
 class Origins:
     """The rules of one server."""
@@ -18,9 +20,10 @@ class Origins:
     def __init__(self, allowed: Iterable[str]) -> None:
         self._allowed = frozenset(allowed)  # scheme://host[:port], lower case; empty: any
 
-    def allow(self, request: web.Request) -> bool:
-        origin = request.headers.get("Origin")
-        return origin is None or not self._allowed or origin.lower() in self._allowed
+    def check(self, request: web.Request) -> None:
+        """Raises `Forbidden` for a page that is not allowed."""
+        if not self._allows(request.headers.get("Origin")):
+            raise Forbidden(f"Pages of {request.headers['Origin'][:80]} may not connect: see allowed_origins.")
 
     def may_use_admin_key(self, request: web.Request) -> bool:
         origin = request.headers.get("Origin")
@@ -40,6 +43,9 @@ class Origins:
     def mark(self, request: web.Request, headers: MutableMapping[str, str]) -> None:
         """Let the page that asked read the response, errors included."""
         origin = request.headers.get("Origin")
-        if origin is not None and self.allow(request):
+        if origin is not None and self._allows(origin):
             headers["Access-Control-Allow-Origin"] = origin
             headers["Vary"] = "Origin"
+
+    def _allows(self, origin: str | None) -> bool:
+        return origin is None or not self._allowed or origin.lower() in self._allowed

@@ -26,7 +26,7 @@ from typing import Final
 from aiohttp import WSMsgType, web
 
 from engine.clock import Clock, TimerHandle
-from engine.errors import AuthenticationFailed, Forbidden, Overloaded
+from engine.errors import AuthenticationFailed, Overloaded
 from engine.limits import Limits
 from engine.server.origins import Origins
 from engine.sync import protocol
@@ -60,8 +60,6 @@ class WebSocketDoor:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Serve one connection until it ends."""
-        if not self.origins.allow(request):
-            raise Forbidden(f"Pages of {request.headers.get('Origin')} may not connect: see allowed_origins.")
         if self._is_closing or len(self._connections) >= self._connection_count_max:
             raise Overloaded(f"connections: {len(self._connections):,}, {self._connection_count_max:,} allowed.")
         response = web.WebSocketResponse(

@@ -563,7 +563,8 @@ class Session:
         end = StateVersion(self._received_query_set, self._received_identity, change.ts)
         start = self._sent
         is_same_set = start.query_set == end.query_set and start.identity == end.identity
-        if not modifications and is_same_set and not self._is_transition_owed:
+        is_late = change.ts < self._owed_ts  # the view was held at an older state, and is ready again soon
+        if not modifications and is_same_set and (is_late or not self._is_transition_owed):
             return  # nothing to tell: the PyPI client would yield every value again
         assert end.ts >= start.ts, "invariant 2"
         frames = protocol.encode_transition(
@@ -577,7 +578,7 @@ class Session:
         self.outbox.extend(frames)
         self._sent_at = self._clock.monotonic()
         self._sent = end
-        self._is_transition_owed = end.ts < self._owed_ts  # the view was held at an older one; it is ready again soon
+        self._is_transition_owed = is_late
         self._has_sent_transition = True
         if self._failures_held:
             self._put_held_failures()

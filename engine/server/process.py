@@ -1,0 +1,142 @@
+"""One serving process: from an app directory to an address, and to its end.
+
+    starting ──> serving ──SIGTERM, SIGINT──> stopping: nobody is taken in, what was accepted is answered ──> ended
+                    │                             └─ a second signal: ended at once
+                    └─ the engine failed: ended at once
+
+Invariants
+  1. While it serves, `DATABASE.lock` says where, with a key that lives as long as the process; commands act through it.
+  2. Other machines reach it only if an admin key is configured.
+  3. When storage is in an unknown state nothing more is done, not even closing it (closing would write): the process
+     ends, and the next one finds what was committed (`design.md`, "When a statement or the commit fails").
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from engine.auth.admin import digest_of, make_admin_key
+from engine.auth.providers import AuthProvider
+from engine.clock import Clock
+from engine.config import Config
+from engine.engine import Engine
+from engine.errors import ConfigError, InternalError, Overloaded
+from engine.observe.log import log_events
+from engine.server.app import serving
+from engine.server.development import Routes
+from engine.storage.connections import lock_holder, sqlite_warning
+
+T = TypeVar("T")
+
+_ANY_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - listened on → where this machine finds it
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_log = logging.getLogger("engine")
+
+
+@asynccontextmanager
+async def serving_process(
+    app: Path,
+    database: Path,
+    config: Config,
+    clock: Clock,
+    *,
+    providers: Sequence[AuthProvider] = (),
+    extra_routes: Routes = (),
+) -> AsyncIterator[tuple[Engine, str]]:
+    """The engine and the address where it serves; stops gracefully on the way out.
+
+    Raises ConfigError and SchemaError before anything is changed, Overloaded if database or port are taken.
+    """
+    check_exposure(config)
+    check_free(database)
+    key = make_admin_key(clock)
+    async with (
+        Engine.open(
+            app, database, config=config, clock=clock, providers=tuple(providers), admin_key_digests=(digest_of(key),)
+        ) as engine,
+        AsyncExitStack() as stack,
+    ):
+        log_events(engine.events)
+        if (warning := sqlite_warning()) is not None:
+            _log.warning(warning)
+        for change in engine.schema_changes:
+            _log.info("schema: %s", change)
+        try:
+            address = await stack.enter_async_context(
+                serving(engine, config.host, config.port, extra_routes=extra_routes)
+            )
+        except OSError as cause:
+            raise Overloaded(f"{config.host}:{config.port} cannot be used: {cause.strerror or cause}.") from cause
+        address = local_address(address)
+        engine.database.announce(address=address, key=key)  # 1
+        stack.callback(engine.database.announce, address=None, key=None)
+        yield engine, address
+
+
+def check_exposure(config: Config) -> None:
+    """Refuses what an operator would not want by mistake (2), and warns of what he may."""
+    if not config.is_public:
+        return
+    if not config.admin_key_digests:
+        raise ConfigError(
+            f"host = {config.host!r}: other machines can reach it, and there is no [admin] key_sha256. "
+            f"Make one with `engine admin-key`, or listen on 127.0.0.1 behind a proxy."
+        )
+    if not config.allowed_origins:
+        _log.warning("any web page may connect: set allowed_origins in engine.toml to those of your app")
+
+
+def check_free(database: Path) -> None:
+    """Refuses a database that another process has open."""
+    holder = lock_holder(database)
+    if holder is not None:
+        raise Overloaded(
+            f"{database} is in use by process {holder.pid or '(starting)'}"
+            f"{'' if holder.address is None else f', which serves at {holder.address}'}. "
+            f"Stop that process, or use another --database."
+        )
+
+
+def local_address(address: str) -> str:
+    """The address as this machine reaches it."""
+    for any_host, host in _ANY_HOSTS.items():
+        address = address.replace(f"//{any_host}:", f"//{host}:")
+    return address
+
+
+@contextmanager
+def stop_signals() -> Iterator[asyncio.Event]:
+    """An event that the first SIGTERM or SIGINT sets; the second one ends the process at once."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def receive(number: signal.Signals) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        _log.info("%s: stopping; once more ends it at once", number.name)
+        stop.set()
+
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, receive, number)
+    try:
+        yield stop
+    finally:
+        for number in _STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def unless_failed(engine: Engine, work: Awaitable[T], exit_code_of: Callable[[InternalError], int]) -> T:
+    """The result of some work; if the engine fails meanwhile, the process ends here and now (3)."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait((task, engine.failed), return_when=asyncio.FIRST_COMPLETED)
+    if engine.failed.done():
+        error = engine.failed.result()
+        _log.critical("the process ends: %s", error, exc_info=error)
+        logging.shutdown()
+        os._exit(exit_code_of(error))
+    return await task
