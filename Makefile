@@ -17,7 +17,6 @@ help: ## say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 run: .venv/installed ## serve the demo app on http://127.0.0.1:3210, reloading functions on save
-	@mkdir -p $(dir $(DATABASE))
 	@$(BIN)/engine run --database $(DATABASE) demo:seed > /dev/null
 	$(BIN)/engine dev --database $(DATABASE) --host $(HOST) --port $(PORT)
 

@@ -96,8 +96,7 @@ class EngineBackend:
 
     def client_saw(self, session_id: str, up_to_request_id: int) -> None:
         """The client has the answers up to this one: after a while their ledger rows may go."""
-        delay = self._runner.limits.ledger_seconds_after_seen
-        self._clock.call_later(delay, lambda: self._committer.forget_seen(session_id, up_to_request_id))
+        self._ledger.saw(session_id, up_to_request_id, self._clock.monotonic())
 
     # -- of an HTTP request
 
@@ -253,9 +252,7 @@ class EngineBackend:
         return self._clock.wall_ns() / 1_000_000
 
 
-def _ledger_key(
-    session_id: str, request_id: int, identity: Identity | None, path: str, arguments: bytes
-) -> LedgerKey:
+def _ledger_key(session_id: str, request_id: int, identity: Identity | None, path: str, arguments: bytes) -> LedgerKey:
     token_identifier = identity.token_identifier if identity is not None else None
     return LedgerKey.of(session_id, request_id, token_identifier, path, arguments)
 

@@ -123,7 +123,7 @@ class Engine:
             stack.callback(engine._tokens.close)
             run = asyncio.create_task(engine._committer.run())
             stack.push_async_callback(engine._stop, run)
-            await engine._scheduler.start()
+            await engine._unless_failed(engine._scheduler.start())
             yield engine
 
     # -- calling functions
@@ -145,7 +145,9 @@ class Engine:
     async def action(self, path: str, /, *, identity: Identity | None = None, **arguments: Any) -> Any:
         """Run an action to its end."""
         function, raw = self._prepare("action", path, arguments)
-        outcome = await self._unless_failed(self.backend.http_action(path, raw, identity, is_admin=function.is_internal))
+        outcome = await self._unless_failed(
+            self.backend.http_action(path, raw, identity, is_admin=function.is_internal)
+        )
         return value_of(function, Outcome(outcome.value, outcome.failure, outcome.log_lines))
 
     def subscribe(self, path: str, /, *, identity: Identity | None = None, **arguments: Any) -> "ResultStream":
@@ -179,7 +181,7 @@ class Engine:
 
     async def wait_until_idle(self) -> None:
         """Until nothing is under way: no mutation, no long query, no due job. For tests and scripts."""
-        while not self._is_idle():
+        while not self._is_idle():  # noqa: ASYNC110 - it asks three parts that know nothing of each other
             await asyncio.sleep(0)
 
     def _is_idle(self) -> bool:

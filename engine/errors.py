@@ -128,14 +128,18 @@ class DocumentNotFound(AppFault):
     code = "DocumentNotFound"
 
     def __init__(self, table: str, document_id: str, operation: str) -> None:
-        super().__init__(f"{operation} {table}: there is no document {document_id!r}. `get` gives None for a missing one.")
+        super().__init__(
+            f"{operation} {table}: there is no document {document_id!r}. `get` gives None for a missing one."
+        )
 
 
 class UniqueViolation(AppFault):
     code = "UniqueViolation"
 
     def __init__(self, table: str, index: str, values: dict[str, Any]) -> None:
-        super().__init__(f"{table}.{index}: a document with {values!r} is there already. Patch that one, or use other values.")
+        super().__init__(
+            f"{table}.{index}: a document with {values!r} is there already. Patch that one, or use other values."
+        )
         self.table, self.index, self.values = table, index, values
 
 

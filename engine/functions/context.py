@@ -11,11 +11,19 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.clock import seeded_random
+from engine.errors import FunctionMisuse
 from engine.functions.reader import DatabaseReader, DatabaseWriter
 from engine.identity import Identity
 
 if TYPE_CHECKING:
     from engine.functions.run import Run
+
+_KINDS_BY_ATTRIBUTE = {
+    "db": "queries and mutations (an action runs one of them)",
+    "scheduler": "mutations and actions",
+    "run_mutation": "mutations and actions",
+    "run_action": "actions",
+}
 
 FunctionReference = str | Callable[..., Any]  # a function itself, or its path
 
@@ -91,6 +99,14 @@ class _Context:
     def run_query(self, function: FunctionReference, /, **arguments: Any) -> Awaitable[Any]:
         """What another query returns; in a query or mutation it reads the same snapshot."""
         return self._calls.run_query(function, arguments)
+
+    if not TYPE_CHECKING:  # a checker shall still find misspelt names
+
+        def __getattr__(self, name: str) -> Any:
+            kinds = _KINDS_BY_ATTRIBUTE.get(name)
+            if kinds is None:
+                raise AttributeError(f"ctx has no {name!r}")
+            raise FunctionMisuse(f"ctx.{name} is there in {kinds} only.")
 
 
 class QueryCtx(_Context):

@@ -37,7 +37,9 @@ def load_app(directory: Path, limits: Limits) -> App:
     """Import `schema.py` and `functions/` and compile them. Raises DeveloperError that says where it is wrong."""
     directory = directory.resolve()
     if not (directory / f"{_SCHEMA}.py").is_file():
-        raise SchemaError(f"{directory} has no {_SCHEMA}.py. An app is a directory with {_SCHEMA}.py and {_FUNCTIONS}/.")
+        raise SchemaError(
+            f"{directory} has no {_SCHEMA}.py. An app is a directory with {_SCHEMA}.py and {_FUNCTIONS}/."
+        )
     replaced = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_app_module(name)}
     writes_byte_code, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # invariant 2
     sys.path.insert(0, str(directory))
@@ -102,4 +104,4 @@ def _import(name: str, directory: Path) -> ModuleType:
 
 
 def _is_app_module(name: str) -> bool:
-    return name == _SCHEMA or name == _FUNCTIONS or name.startswith(f"{_FUNCTIONS}.")
+    return name in (_SCHEMA, _FUNCTIONS) or name.startswith(f"{_FUNCTIONS}.")

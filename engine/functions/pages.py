@@ -109,7 +109,7 @@ def read_page(
             rest = _until(rest, end, descending=descending)
 
     reading = start_reading(rest)
-    rows_max = min(options.maximum_rows_read or _ROWS_READ_DEFAULT, _ROWS_READ_DEFAULT)
+    rows_max = max(1, min(options.maximum_rows_read or _ROWS_READ_DEFAULT, _ROWS_READ_DEFAULT))
     page: list[D] = []
     keys: list[OrderKey] = []  # of every document looked at, kept or not
     was_cut = False
@@ -122,10 +122,10 @@ def read_page(
             break
         wanted = room if end_cursor is not None else min(room, options.num_items - len(page))
         for document in reading.next_chunk(wanted):
+            reading.saw(document)  # before the predicate, which may raise
             keys.append(index.key_of(document)[:-1])
             if keeps(document):
                 page.append(document)
-            reading.saw(document)
     is_at_end = reading.is_exhausted and (end_cursor is None or end is None)
     if end_cursor is not None:
         reading.saw_the_end()  # also what was not read: a change there changes how the page must be split
@@ -166,7 +166,9 @@ def _until(index_range: IndexRange, position: OrderKey, *, descending: bool) -> 
     return IndexRange(index_range.table, index_range.index, index_range.start, end)
 
 
-def fingerprint_of(path: str, arguments: dict[str, Any], index_range: IndexRange, index: str, *, descending: bool) -> bytes:
+def fingerprint_of(
+    path: str, arguments: dict[str, Any], index_range: IndexRange, index: str, *, descending: bool
+) -> bytes:
     """What a cursor is bound to: everything that says which documents come in which order."""
     fixed = {name: value for name, value in arguments.items() if not isinstance(value, PaginationOptions)}
     parts = (path, fixed, index, index_range.start, index_range.end, descending)

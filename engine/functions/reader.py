@@ -12,7 +12,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
-from engine.errors import FunctionMisuse, InvalidDocument, NotUnique
+from engine.errors import FunctionMisuse, InvalidDocument, LimitExceeded, NotUnique
 from engine.functions.pages import Page, PaginationOptions, read_page
 from engine.ids import TICKS_PER_MS, Id
 from engine.ranges import BY_CREATION_TIME, IndexRange, OrderKey, after, before, key_prefix
@@ -66,6 +66,15 @@ class DatabaseReader:
         bounds = {"gt": gt, "gte": gte, "lt": lt, "lte": lte}
         index_range = _range_of(table, index, equal, {k: v for k, v in bounds.items() if v is not _MISSING})
         return Scan(self._transaction, self._run, document_type, index, index_range)
+
+    if not TYPE_CHECKING:  # a checker shall still find misspelt names
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("insert", "patch", "replace", "delete"):
+                raise FunctionMisuse(
+                    f"{self._run.function.path}: ctx.db.{name} in a query; a query only reads. Make it a @mutation."
+                )
+            raise AttributeError(f"ctx.db has no {name!r}")
 
 
 class DatabaseWriter(DatabaseReader):
@@ -148,14 +157,15 @@ class Scan(Generic[T]):
                 taken += chunk
                 if chunk:
                     reading.saw(chunk[-1])
-            else:
-                for document in chunk:
-                    if self._keeps(document):
-                        taken.append(document)
-                        if len(taken) == n:
-                            break
-                if chunk:
-                    reading.saw(document)
+            elif chunk:
+                try:
+                    for document in chunk:
+                        if self._keeps(document):
+                            taken.append(document)
+                            if len(taken) == n:
+                                break
+                finally:
+                    reading.saw(document)  # also one that a predicate raises for
             if reading.is_exhausted and len(taken) < n:
                 reading.saw_the_end()
                 break
@@ -259,9 +269,13 @@ class Reading(Generic[T]):
 
     def next_chunk(self, limit: int | None) -> list[T]:
         """The next documents, at most `limit`; None for all. What of them was consumed is told by `saw`."""
-        documents: list[T] = self._transaction.scan(
-            self._document_type, self._index, self._rest, descending=self._descending, limit=limit
-        )
+        try:
+            documents: list[T] = self._transaction.scan(
+                self._document_type, self._index, self._rest, descending=self._descending, limit=limit
+            )
+        except LimitExceeded:
+            self.saw_the_end()  # how much is there is why it fails
+            raise
         if limit is None or len(documents) < limit:
             self.is_exhausted = True
         if documents:
@@ -308,7 +322,9 @@ def _range_of(table: TableSchema, index: IndexSchema, equal: dict[str, Any], bou
         bounded_field = "creation_time"
         values = {name: _tick_bound(name, value, where) for name, value in bounds.items()}
     if None in values.values():
-        raise FunctionMisuse(f"{where}: a bound of None matches nothing; leave it out, or ask for {bounded_field}=None.")
+        raise FunctionMisuse(
+            f"{where}: a bound of None matches nothing; leave it out, or ask for {bounded_field}=None."
+        )
     start, end = after(prefix + key_prefix([None])), after(prefix)  # bounds never match null
     for name, value in values.items():
         key: OrderKey = prefix + key_prefix([value])

@@ -18,7 +18,7 @@ from cronsim import CronSim, CronSimError
 from engine.errors import FunctionNotFound, RegistryError
 from engine.functions.arguments import Signature, compile_signature
 from engine.limits import Limits
-from engine.values import compile_decoder, compile_encoder
+from engine.values import camel_case, compile_decoder, compile_encoder
 
 FunctionKind = Literal["query", "mutation", "action"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -148,12 +148,10 @@ class Registry:
         module, _, name = path.rpartition(":")
         if not module:
             module, name = path, "default"
-        return self._by_name.get(f"{module.removesuffix('.js')}:{name}")
+        return self._by_name.get(camel_path(f"{module.removesuffix('.js')}:{name}"))
 
 
-def functions_of(
-    modules: Mapping[str, ModuleType], *, limits: Limits, tags: Callable[[str], str]
-) -> list[Function]:
+def functions_of(modules: Mapping[str, ModuleType], *, limits: Limits, tags: Callable[[str], str]) -> list[Function]:
     """The decorated functions of the app's modules; `modules` maps `live/quiz` to the module."""
     found = []
     for module_path, module in modules.items():
@@ -168,7 +166,7 @@ def functions_of(
 
 def camel_path(path: str) -> str:
     """`watch_progress:get_progress` as JavaScript writes it."""
-    return re.sub(r"(?<=[A-Za-z0-9])_+([A-Za-z0-9])", lambda match: match[1].upper(), path)
+    return re.sub(r"\w+", lambda word: camel_case(word[0]), path)
 
 
 def _compile(
@@ -178,7 +176,7 @@ def _compile(
     if when is not None and (declared.kind == "query" or not declared.is_internal):
         raise RegistryError(f"{path}: @cron stands above an internal mutation or action: @mutation(internal=True).")
     signature = compile_signature(function, limits=limits, tags=tags)
-    decode = compile_decoder(signature.return_type, limits=limits, tags=tags)
+    decode = compile_decoder(signature.return_type, limits=limits, tags=tags, is_stored=True)
     return Function(
         path=path,
         kind=declared.kind,

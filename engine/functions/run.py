@@ -13,6 +13,7 @@ Invariants
   3. `ctx` is dead once its function has returned.
 """
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Awaitable, Callable, Generator
@@ -26,6 +27,7 @@ from engine.functions.pages import CursorSeal, fingerprint_of
 from engine.identity import PRESENT, Identity, Part, part_of
 from engine.limits import Limits
 from engine.ranges import IndexRange
+from engine.transaction.transaction import ReadTransaction, no_deadline
 
 if TYPE_CHECKING:
     from engine.functions.arguments import Arguments
@@ -85,11 +87,12 @@ class Run:
         now = _cpu()
         if now > self._slow_at:
             raise RunTimedOut if now > self._deadline else RanLong
-        if not self._is_open:
-            self.check_open()
 
     @property
     def wants_pause(self) -> bool:
+        """Asked before every read; refuses it when the run has ended (invariant 3)."""
+        if not self._is_open:
+            self.check_open()
         return self._is_cooperative and _cpu() > self._pause_at
 
     async def pause(self) -> None:
@@ -108,8 +111,15 @@ class Run:
                 f"{self.function.path}: ctx was used after the function had returned; await everything before."
             )
 
-    def close(self) -> None:
+    def begin(self, transaction: ReadTransaction) -> None:
+        """The transaction is this run's: its operations are bounded by the run's time."""
+        transaction.check_deadline = self.check_deadline
+
+    def end(self, transaction: ReadTransaction | None = None) -> None:
+        """The function has returned; what the engine itself still does in the transaction is not the run's."""
         self._is_open = False
+        if transaction is not None:
+            transaction.check_deadline = no_deadline
 
     # -- identity
 
@@ -199,7 +209,9 @@ class Watchdog:
         with self._lock:
             self._driven_since = _cpu()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self._leave()
         except RunTimedOut:  # delivered just here: the marker must be cleared all the same
@@ -244,7 +256,9 @@ def drive(watchdog: Watchdog, run: Run, start: Callable[[], Any]) -> Any:
     raise _waited(run)
 
 
-async def drive_cooperatively(watchdog: Watchdog, run: Run, start: Callable[[], Any], turn: Callable[[], Awaitable[None]]) -> Any:
+async def drive_cooperatively(
+    watchdog: Watchdog, run: Run, start: Callable[[], Any], turn: Callable[[], Awaitable[None]]
+) -> Any:
     """As `drive`, but each pause of the run gives the loop a turn."""
     coroutine: Any = None
     try:
@@ -273,11 +287,9 @@ def _abandon(watchdog: Watchdog, coroutine: Any) -> None:
     close = getattr(coroutine, "close", None)
     if close is None:
         return
-    try:
-        with watchdog:
-            close()
-    except (Exception, RunStopped):  # noqa: S110 - the run has failed already, with a better error
-        pass
+    # the run has failed already, with a better error
+    with contextlib.suppress(Exception, RunStopped), watchdog:
+        close()
 
 
 def _waited(run: Run) -> FunctionMisuse:

@@ -108,10 +108,10 @@ class Runner:
             return self._ended(call, run, transaction, value, began)
         except RanLong:
             raise
-        except (Exception, RunStopped) as error:
+        except (Exception, RunStopped) as error:  # noqa: BLE001 - invariant 1
             return self._query_failed(call, run, transaction, error, began)
         finally:
-            run.close()
+            run.end(transaction)
 
     async def run_long_query(
         self,
@@ -128,10 +128,10 @@ class Runner:
         try:
             value = await drive_cooperatively(self._watchdog, run, start, lambda: asyncio.sleep(0))
             return self._ended(call, run, transaction, value, began)
-        except (Exception, RunStopped) as error:
+        except (Exception, RunStopped) as error:  # noqa: BLE001 - invariant 1
             return self._query_failed(call, run, transaction, error, began)
         finally:
-            run.close()
+            run.end(transaction)
 
     def _start_query(self, call: Call, run: Run, transaction: ReadTransaction, now: float) -> Callable[[], Any]:
         ctx = self.query_ctx(run, transaction, now)
@@ -167,10 +167,10 @@ class Runner:
             )
             encoded = call.function.encode_result(value)
             outcome = Outcome(encoded, None, self._shown_log(run))
-        except (Exception, RunStopped) as error:
+        except (Exception, RunStopped) as error:  # noqa: BLE001 - invariant 1
             outcome = Outcome(None, self._failure_of(error, call), self._shown_log(run))
         finally:
-            run.close()
+            run.end(transaction)
         if self.events.listeners:
             self.events.emit(MutationRan(call.function.path, outcome.failure is None))
         return Execution(outcome.value, outcome)
@@ -208,7 +208,7 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - invariant 1
             outcome = Outcome(None, self._failure_of(error, call), self._shown_log(run))
         finally:
-            run.close()
+            run.end()
         if self.events.listeners:
             self.events.emit(ActionRan(call.function.path, outcome.failure is None))
         return outcome
@@ -253,7 +253,7 @@ class Runner:
             may_run_long=may_run_long,
             is_cooperative=is_cooperative,
         )
-        transaction.check_deadline = run.check_deadline
+        run.begin(transaction)
         return run
 
     def _failure_of(self, error: BaseException, call: Call) -> Failure:

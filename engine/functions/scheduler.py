@@ -1,6 +1,6 @@
 """Runs jobs and crons when they are due.
 
-    pending ──due, a mutation──> its effects and `succeeded` in one commit; if it raises, none of its effects and `failed`
+    pending ──due, a mutation──> its effects and `succeeded`, one commit; if it raises, no effects and `failed`
        │    ──due, an action───> `running` (committed) ──> action ──> `succeeded` | `failed`
        └── cancelled             the server stopped meanwhile: `failed` at the next start, never run twice
 
@@ -12,6 +12,7 @@ Invariants
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -32,7 +33,7 @@ from engine.transaction.write_set import WriteSet
 T = TypeVar("T")
 
 _KEPT_MS = 7 * 86_400_000.0  # how long ended jobs can be looked at
-_SWEEP_SECONDS = 3_600.0  # between two sweeps of old jobs and ledger rows
+_SWEEP_SECONDS = 600.0  # between two sweeps of old jobs and ledger rows
 _SWEEP_COUNT = 1_000  # rows one sweep deletes at most, so that it stays short
 _RETRY_SECONDS = 1.0  # after an overload
 _TIMER_SECONDS_MAX = 3_600.0  # a wall clock may be set meanwhile
@@ -239,7 +240,7 @@ class JobScheduler:
 
     def _sweep(self) -> None:
         """Delete jobs that ended long ago, and ledger rows past their days."""
-        self._committer.forget_old()
+        self._committer.forget_outcomes()
         oldest = self._clock.wall_ns() / 1_000_000 - _KEPT_MS
 
         def execute(transaction: WriteTransaction, tick: int) -> Execution:
@@ -252,10 +253,8 @@ class JobScheduler:
                     transaction.delete(job.id)
             return Execution(_NOTHING, None)
 
-        try:
+        with contextlib.suppress(Overloaded, EngineClosed):  # the next sweep does it
             self._committer.submit(Submission(execute, lambda settled: None))
-        except (Overloaded, EngineClosed):
-            pass  # the next sweep does it
         self._sweep_later()
 
 

@@ -34,9 +34,8 @@ class _Scheduler:
              "schedule_size_bytes_max"),
         ):  # fmt: skip
             if used > allowed:
-                raise LimitExceeded(
-                    what, used=used, allowed=allowed, remedy=f"Schedule a job that schedules more, or raise limits.{name}."
-                )
+                remedy = f"Schedule a job that schedules more, or raise limits.{name}."
+                raise LimitExceeded(what, used=used, allowed=allowed, remedy=remedy)
         return ScheduledJob(path=call.function.path, arguments=encoded, due_at=due_at)
 
 

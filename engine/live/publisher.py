@@ -68,16 +68,31 @@ class Publisher:
 
     # -- what views call
 
-    def attach(self, view: View, query_id: int, ask: Ask, identity: Identity | None) -> LiveQuery:
-        """The live query for an ask: one that runs already, if the asker may share it, else a new one, run at once."""
-        live_query = self._find(ask, identity)
+    def find(self, ask: Ask, identity: Identity | None) -> LiveQuery:
+        """The live query for an ask: one that runs already, if the asker may share it, else a new one."""
+        try:
+            call = self._runner.resolve("query", ask.path, ask.arguments)
+        except RequestError as error:  # no such function, wrong arguments: a result like any other, but not shared
+            live_query = LiveQuery(ask, None, identity)
+            failure = self._runner.failures.of(error, ask.path)
+            live_query.result = Result(ts=self.ts, value=None, failure=failure, journal=ask.journal, log_lines=())
+            live_query.is_dirty = False
+            return live_query
+        by_parts = self._listed.get((call.function.path, call.arguments.canonical, ask.journal), {})
+        for parts, by_variant in by_parts.items():
+            found = by_variant.get(variant_of(identity, list(parts)))
+            if found is not None:
+                return found
+        return LiveQuery(ask, call, identity)
+
+    def attach(self, view: View, query_id: int, live_query: LiveQuery) -> None:
+        """The view holds the query under this id from now on; one without a result is run at once."""
         live_query.watchers.setdefault(view, set()).add(query_id)
         self._cache.use(live_query)
         if live_query in self._long_waiting or live_query in self._round_members:
             view.wait_for(live_query)
         elif live_query.is_dirty:
             self._run(live_query)
-        return live_query
 
     def detach(self, view: View, query_id: int, live_query: LiveQuery) -> None:
         """The view no longer holds the query under this id. The result stays for the next who asks, for a while."""
@@ -95,19 +110,20 @@ class Publisher:
             self._cache.leave(live_query)
 
     def refill(self, live_query: LiveQuery) -> None:
-        """Get the bytes of an evicted result again."""
-        if live_query.result is not None and live_query.result.is_evicted and live_query not in self._long_waiting:
+        """Get the bytes of an evicted result again, unless a round will."""
+        if live_query not in self._long_waiting and live_query not in self._round_members:
             self._run(live_query)
 
     @property
     def has_time(self) -> bool:
-        """Whether initial runs may go on in this turn of the loop; all views share its run_slow_ms."""
+        """Whether initial runs may go on in this turn of the loop; all views share its run_slow_ms. One always may."""
         now = _cpu()
-        if not self._turn_is_open:
-            self._turn_is_open = True
-            self._turn_end = now + self._slice_seconds
-            asyncio.get_running_loop().call_soon(self._close_turn)
-        return now < self._turn_end
+        if self._turn_is_open:
+            return now < self._turn_end
+        self._turn_is_open = True
+        self._turn_end = now + self._slice_seconds
+        asyncio.get_running_loop().call_soon(self._close_turn)
+        return True
 
     def tell_later(self, view: View) -> None:
         """Call the view's `on_ready` in the next turn of the loop, or after the pass."""
@@ -115,6 +131,10 @@ class Publisher:
         if not self._tell_is_due and not self.is_passing:
             self._tell_is_due = True
             asyncio.get_running_loop().call_soon(self._tell)
+
+    def has_newest(self, view: View) -> None:
+        """The view took all there is: nothing is left to be told."""
+        self._ready.pop(view, None)
 
     # -- what the engine calls
 
@@ -182,37 +202,24 @@ class Publisher:
             self._round.cancel()
             await asyncio.gather(self._round, return_exceptions=True)
 
-    # -- finding
-
-    def _find(self, ask: Ask, identity: Identity | None) -> LiveQuery:
-        try:
-            call = self._runner.resolve("query", ask.path, ask.arguments)
-        except RequestError as error:  # no such function, wrong arguments: a result like any other, but nobody's to share
-            live_query = LiveQuery(ask, None, identity)
-            failure = self._runner.failures.of(error, ask.path)
-            live_query.result = Result(ts=self.ts, value=None, failure=failure, journal=ask.journal, log_lines=())
-            live_query.is_dirty = False
-            return live_query
-        by_parts = self._listed.get((call.function.path, call.arguments.canonical, ask.journal), {})
-        for parts, by_variant in by_parts.items():
-            found = by_variant.get(variant_of(identity, list(parts)))
-            if found is not None:
-                return found
-        return LiveQuery(ask, call, identity)
+    # -- listing
 
     def _list(self, live_query: LiveQuery, journals: set[str | None]) -> bool:
-        """List a live query under these starting journals; False if another one serves its callers already."""
+        """List a live query under these starting journals; False if another one gives its callers the same already."""
         assert live_query.call is not None
         self._unlist(live_query)
-        parts = tuple(part for part, _ in live_query.variant)
+        path, canonical = live_query.call.function.path, live_query.call.arguments.canonical
+        parts, variant = tuple(part for part, _ in live_query.variant), live_query.variant
+        same_page = self._listed.get((path, canonical, live_query.journal), {}).get(parts, {}).get(variant)
+        serving = same_page or live_query
+        if serving.is_dirty:  # it is about to change: asks under another journal may not rely on it
+            return False
         for journal in journals:
-            key = (live_query.call.function.path, live_query.call.arguments.canonical, journal)
+            key = (path, canonical, journal)
             by_variant = self._listed.setdefault(key, {}).setdefault(parts, {})
-            if by_variant.setdefault(live_query.variant, live_query) is not live_query:
-                self._unlist(live_query)
-                return False
-            live_query.keys.add((key, parts, live_query.variant))
-        return True
+            if by_variant.setdefault(variant, serving) is serving:
+                serving.keys.add((key, parts, variant))
+        return serving is live_query
 
     def _unlist(self, live_query: LiveQuery) -> None:
         for key, parts, variant in live_query.keys:
@@ -271,7 +278,7 @@ class Publisher:
             live_query.result = result
             for view, query_ids in live_query.watchers.items():
                 view.changed(query_ids)
-                self._ready[view] = None
+                self.tell_later(view)
             if events.listeners:
                 events.emit(ResultChanged(call.function.path, ts))
         self._cache.put(live_query)
@@ -286,7 +293,7 @@ class Publisher:
                 if not is_listed or not live_query.suits(view.identity):
                     for query_id in list(live_query.watchers[view]):
                         view.reattach(query_id)
-                    self._ready[view] = None
+                    self.tell_later(view)
 
     # -- long queries
 

@@ -58,6 +58,7 @@ class View:
         assert query_id not in self._asks, "query ids are unique in a view"
         self._asks[query_id] = Ask(path, arguments, journal)
         self._unattached[query_id] = None
+        self._hold = None  # what was held knows nothing of this query
 
     def remove(self, query_id: int) -> None:
         """No longer ask; nothing happens for an unknown id."""
@@ -69,6 +70,7 @@ class View:
     def set_identity(self, identity: Identity | None) -> None:
         """Ask everything as somebody else; queries that read no difference go on as they are."""
         self.identity = identity
+        self._hold = None  # what was held was for somebody else
         for query_id, live_query in list(self._live_queries.items()):
             if not live_query.suits(identity):
                 self.reattach(query_id)
@@ -80,8 +82,9 @@ class View:
             if hold.awaited:
                 return None
             self._hold = None
-            self._publisher.tell_later(self)  # there may be a newer state already
-            return ViewChange(hold.ts, self._give(hold.results))
+            if not self._unattached and not any(result.is_evicted for result in hold.results.values()):
+                self._publisher.tell_later(self)  # there may be a newer state already
+                return ViewChange(hold.ts, self._give(hold.results))
         if self._publisher.is_passing:
             self._publisher.tell_later(self)
             return None
@@ -91,16 +94,14 @@ class View:
                 return None
             query_id = next(iter(self._unattached))
             del self._unattached[query_id]
-            self._live_queries[query_id] = live_query = self._publisher.attach(
-                self, query_id, self._asks[query_id], self.identity
-            )
-            if live_query.result is not None and not live_query.is_dirty:
-                self._changed.add(query_id)
-        for query_id in self._changed:
-            self._publisher.refill(self._live_queries[query_id])
-        if self._waiting:
-            return None
-        return ViewChange(self._publisher.ts, self._give(self._newest()))
+            live_query = self._live_queries[query_id] = self._publisher.find(self._asks[query_id], self.identity)
+            self._changed.add(query_id)
+            self._publisher.attach(self, query_id, live_query)
+        results = self._refilled()
+        if self._waiting or self._unattached:
+            return None  # the publisher tells when that has changed
+        self._publisher.has_newest(self)
+        return ViewChange(self._publisher.ts, self._give(results))
 
     def close(self) -> None:
         """Ask nothing any more."""
@@ -136,6 +137,8 @@ class View:
 
     def hold(self, ts: int, live_query: LiveQuery) -> None:
         """A round at `ts` runs this one; all others are settled at `ts` (invariant 2)."""
+        if self._unattached:
+            return  # not all of the view is there at `ts`
         if self._hold is None or not self._hold.awaited:  # one that is done and was not taken: this one is newer
             self._hold = _Hold(ts, self._newest())
         assert self._hold.ts == ts, "one round at a time"
@@ -175,6 +178,19 @@ class View:
                 assert live_query.result is not None, "a settled query has a result"
                 newest[query_id] = live_query.result
         return newest
+
+    def _refilled(self) -> dict[int, Result]:
+        """The same with their bytes, one after another: the cache may not have room for all of them at once."""
+        refilled = {}
+        for query_id in list(self._changed):
+            live_query = self._live_queries.get(query_id)  # the run for another one's bytes may have split this one
+            if live_query is None or live_query in self._waiting:
+                continue
+            assert live_query.result is not None, "a settled query has a result"
+            if live_query.result.is_evicted and self._taken.get(query_id) != live_query.result.digest:
+                self._publisher.refill(live_query)
+            refilled[query_id] = live_query.result
+        return refilled
 
     def _give(self, results: dict[int, Result]) -> dict[int, Result]:
         """Of these, what the subscriber does not have yet (invariant 3)."""

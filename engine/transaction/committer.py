@@ -1,8 +1,9 @@
 """The mutation queue, group commit, and the published timestamp.
 
     waiting ──run on the loop, each in a savepoint──> ran ──COMMIT in a thread──> durable ──publish──> settled
-                          │ fails: rolled back to its savepoint                       │ disk full: rolled back, all fail
-                          └─ the whole transaction is gone: the others run again      └─ anything else: CommitUnknown, stop
+                │ fails: rolled back to its savepoint           │ disk full: rolled back, all fail
+                └─ the whole transaction is gone:               └─ anything else: CommitUnknown, stop
+                   the others run again
 
 Invariants
   1. Mutations run one after another; a group is one SQLite transaction, one fsync.
@@ -85,7 +86,7 @@ class Committer:
         self._last_ts = self.published_ts  # newest handed out; above `published_ts` while a group is open
         self._ticks = TickSource(clock, last_tick)
         self._queue: deque[Submission] = deque()
-        self._chores: list[Callable[[], None]] = []  # writes nobody waits for: they join the next group
+        self._is_forgetting = False
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine-commit")
         self._is_closing = False
@@ -103,13 +104,9 @@ class Committer:
         self._queue.append(submission)
         self._wake.set()
 
-    def forget_seen(self, session_id: str, request_id_max: int) -> None:
-        """Drop ledger rows with the next group: the client has the answers."""
-        self._chores.append(lambda: self._ledger.forget_seen(self._writer, session_id, request_id_max))
-
-    def forget_old(self) -> None:
-        """Drop ledger rows past their days with the next group."""
-        self._chores.append(lambda: self._ledger.forget_old(self._writer, self._clock.wall_ns()))
+    def forget_outcomes(self) -> None:
+        """Let ledger rows go that are no longer needed, with the next group that writes."""
+        self._is_forgetting = True
 
     @asynccontextmanager
     async def between_groups(self) -> AsyncIterator[WriterConnection]:
@@ -127,9 +124,9 @@ class Committer:
                     continue
                 async with self._between_groups:
                     await self._commit_group()
-        except InternalError as error:
-            self._is_closing = True  # invariant 5
-            self._on_fatal(error)
+        except Exception as error:  # noqa: BLE001 - a bug of ours is no better than unknown storage: invariant 5
+            self._is_closing = True
+            self._on_fatal(error if isinstance(error, InternalError) else _bug(error))
         finally:
             self._thread.shutdown(wait=True)
 
@@ -191,9 +188,9 @@ class Committer:
             if _cpu() > end:
                 break
         if len(write_set):
-            for chore in self._chores:
-                chore()
-            self._chores.clear()
+            if self._is_forgetting:
+                self._is_forgetting = False
+                self._ledger.forget(self._writer, self._clock.wall_ns(), self._clock.monotonic())
             self._writer.write_meta(self._last_ts, self._ticks.last_tick)
         return Group(self._last_ts, settled, write_set)
 
@@ -222,9 +219,10 @@ class Committer:
             return Settled(self._last_ts, execution=execution)
         except RequestIdReused as error:  # from the look-up, before anything ran
             return Settled(self._last_ts, error=error)
-        except Overloaded as error:  # from the ledger, after the function ran
-            writer.rollback_to()
-            writer.release()
+        except Overloaded as error:  # from the ledger, after the function ran; a full disk undoes the whole group
+            if writer.in_transaction:
+                writer.rollback_to()
+                writer.release()
             return Settled(self._last_ts, error=error)
 
     async def _checkpoint(self) -> None:
@@ -235,3 +233,9 @@ class Committer:
         """
         await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.checkpoint)
         self._refresh_readers()
+
+
+def _bug(error: Exception) -> InternalError:
+    internal = InternalError(f"a group commit failed: {type(error).__name__}: {error}")
+    internal.__cause__ = error
+    return internal

@@ -35,7 +35,9 @@ class LedgerKey(msgspec.Struct, frozen=True):
     digest: bytes
 
     @classmethod
-    def of(cls, session_id: str, request_id: int, token_identifier: str | None, path: str, arguments: bytes) -> "LedgerKey":
+    def of(
+        cls, session_id: str, request_id: int, token_identifier: str | None, path: str, arguments: bytes
+    ) -> "LedgerKey":
         digest = hashlib.blake2b(digest_size=16)
         for part in ((token_identifier or "").encode(), path.encode(), arguments):
             digest.update(len(part).to_bytes(8))
@@ -48,11 +50,22 @@ class RecordedOutcome(msgspec.Struct, frozen=True):
     value: bytes
 
 
+class _Seen:
+    """Up to which request a client has had its answers, and since when."""
+
+    __slots__ = ("newest_request_id", "request_id", "since_seconds")
+
+    def __init__(self, request_id: int, since_seconds: float, newest_request_id: int) -> None:
+        self.request_id, self.since_seconds = request_id, since_seconds
+        self.newest_request_id = newest_request_id  # seen later than `since_seconds`
+
+
 class Ledger:
     """The outcomes of one database."""
 
     def __init__(self, limits: Limits, row_count: int) -> None:
         self._limits = limits
+        self._seen: dict[str, _Seen] = {}  # by session id; one entry each, however much it writes
         self._row_count = row_count  # exact at start; a group that is rolled back leaves it a little too high
 
     @classmethod
@@ -81,7 +94,8 @@ class Ledger:
         """Remember the outcome in the transaction that is open."""
         if self._row_count >= self._limits.ledger_row_count_max:
             raise Overloaded(
-                f"exactly-once ledger: {self._row_count:,} outcomes kept, {self._limits.ledger_row_count_max:,} allowed. "
+                f"exactly-once ledger: {self._row_count:,} outcomes kept, {self._limits.ledger_row_count_max:,} "
+                "allowed. "
                 "Try again later, or raise limits.ledger_row_count_max."
             )
         connection.execute(
@@ -90,16 +104,30 @@ class Ledger:
         )
         self._row_count += 1
 
-    def forget_seen(self, connection: Connection, session_id: str, request_id_max: int) -> None:
-        """Drop the outcomes of a session up to a request id."""
-        cursor = connection.execute(
-            "DELETE FROM _engine_ledger WHERE session_id = ? AND request_id <= ?", (session_id, request_id_max)
-        )
-        self._row_count -= cursor.rowcount
+    def saw(self, session_id: str, request_id: int, now_seconds: float) -> None:
+        """The client surely has the answers up to this request."""
+        earlier = self._seen.get(session_id)
+        if earlier is None:
+            self._seen[session_id] = _Seen(request_id, now_seconds, request_id)
+        else:
+            earlier.newest_request_id = request_id
 
-    def forget_old(self, connection: Connection, now_ns: int) -> None:
-        """Drop what is past its days, whoever saw it."""
-        cursor = connection.execute(
-            "DELETE FROM _engine_ledger WHERE ts < ?", (now_ns - self._limits.ledger_days * _NS_PER_DAY,)
-        )
-        self._row_count -= cursor.rowcount
+    def forget(self, connection: Connection, now_ns: int, now_seconds: float) -> None:
+        """Drop what invariant 3 lets go, in the transaction that is open."""
+        for session_id, seen in list(self._seen.items()):
+            if now_seconds - seen.since_seconds < self._limits.ledger_seconds_after_seen:
+                continue
+            self._delete(
+                connection,
+                "DELETE FROM _engine_ledger WHERE session_id = ? AND request_id <= ?",
+                (session_id, seen.request_id),
+            )
+            if seen.newest_request_id == seen.request_id:
+                del self._seen[session_id]
+            else:
+                self._seen[session_id] = _Seen(seen.newest_request_id, now_seconds, seen.newest_request_id)
+        oldest_ts = now_ns - self._limits.ledger_days * _NS_PER_DAY
+        self._delete(connection, "DELETE FROM _engine_ledger WHERE ts < ?", (oldest_ts,))
+
+    def _delete(self, connection: Connection, sql: str, parameters: tuple[str | int, ...]) -> None:
+        self._row_count -= connection.execute(sql, parameters).rowcount

@@ -39,9 +39,7 @@ class ReadSet:
 
     def equals(self, other: "ReadSet") -> bool:
         """Whether both would be listed in the same places of the invalidation index."""
-        return (
-            self.ranges == other.ranges and self.documents == other.documents and self.key_ranges == other.key_ranges
-        )
+        return self.ranges == other.ranges and self.documents == other.documents and self.key_ranges == other.key_ranges
 
     def _check_room(self) -> None:
         used = len(self.ranges) + len(self.key_ranges) + 1

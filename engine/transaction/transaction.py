@@ -41,8 +41,8 @@ class TickSource:
         return self.last_tick
 
 
-def _no_deadline() -> None:
-    return None
+def no_deadline() -> None:
+    """Of a transaction that no function runs in."""
 
 
 class Catalog:
@@ -83,7 +83,7 @@ class ReadTransaction:
         self._connection = connection
         self.catalog = catalog
         self._limits = limits
-        self.check_deadline: Callable[[], None] = _no_deadline  # set by the runner when a function starts
+        self.check_deadline: Callable[[], None] = no_deadline  # set by the runner when a function starts
         self.read_set = ReadSet(limits.read_range_count_max)
         self.read_count = 0  # documents, also those that a filter then drops
         self.read_size_bytes = 0
@@ -243,10 +243,10 @@ class WriteTransaction(ReadTransaction):
 
     def _write_over(self, codec: RowCodec[Any], old: Table, new: Table) -> None:
         codec.table.check(new)
-        row = self._encode(codec, new)
-        if row == codec.encode(old):
+        row, old_row = self._encode(codec, new), codec.encode(old)
+        if row == old_row:
             return  # invariant 2 of write_set: nothing changed, so nobody is woken
-        codec.update(self._writer, row)
+        codec.update(self._writer, row, old_row)
         self.write_set.add(Write(codec.table, old.id, old, new))
 
     def _encode(self, codec: RowCodec[Any], document: Table) -> tuple[Any, ...]:
