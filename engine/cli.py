@@ -65,7 +65,6 @@ from engine.sync.backend import ActionOutcome, MutationOutcome
 from engine.values import Int64
 
 EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 69
 EXIT_INTERNAL = 70
 EXIT_STORAGE_UNKNOWN = 75
@@ -195,7 +194,7 @@ def configuration(app: Path, mode: Mode, host: str | None, port: int | None) -> 
 
 
 def run_loop(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end on uvloop, which carries twice the messages of asyncio's own loop."""
+    """Run to the end, on uvloop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
 
@@ -267,14 +266,12 @@ def _parse_arguments(text: str) -> bytes:
 def _parse_identity(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
-    if not text.startswith("{"):
-        return {"issuer": DEVELOPMENT_ISSUER, "subject": text}
     try:
-        attributes: dict[str, Any] = json.loads(text)
+        attributes = json.loads(text) if text.startswith("{") else {"issuer": DEVELOPMENT_ISSUER, "subject": text}
         identity_of_attributes(attributes)
     except (ValueError, RecursionError, AuthenticationFailed) as cause:
         raise click.BadParameter(str(cause), param_hint="--identity") from cause
-    return attributes
+    return dict(attributes)
 
 
 def _pretty(value: bytes) -> str:
@@ -337,12 +334,11 @@ def _run_there(address: str, key: str, asked: _Asked, *, seconds_max: float) -> 
             raise _refused(refusal.code, refusal.read()) from refusal
     except OSError as cause:
         raise Overloaded(f"{address} does not answer: {cause}") from cause
-    value = answer.get("value") if answer["status"] == "success" else answer.get("errorData")
-    return _Outcome(
-        value=None if answer["status"] != "success" and "errorData" not in answer else json.dumps(value).encode(),
-        error_message=None if answer["status"] == "success" else answer["errorMessage"],
-        log_lines=tuple(answer.get("logLines", ())),
-    )
+    log_lines = tuple(answer.get("logLines", ()))
+    if answer["status"] == "success":
+        return _Outcome(json.dumps(answer["value"]).encode(), None, log_lines)
+    data = json.dumps(answer["errorData"]).encode() if "errorData" in answer else None
+    return _Outcome(data, answer["errorMessage"], log_lines)
 
 
 def _refused(status: int, body: bytes) -> EngineError:

@@ -47,6 +47,14 @@ def is_source(change: Change, path: str) -> bool:
     return (name.endswith(".py") and not name.startswith(".")) or name == CONFIG_FILE
 
 
+def is_source_or_new_directory(change: Change, path: str) -> bool:
+    """The same, and a directory that has appeared: its first files may have come before it was watched."""
+    if is_source(change, path):
+        return True
+    is_ours = not Path(path).name.startswith((".", "__pycache__"))
+    return change is Change.added and is_ours and Path(path).is_dir()
+
+
 class Saves:
     """The saves of an app's sources, from entering the `async with` on until `stop`.
 
@@ -87,7 +95,7 @@ class Saves:
         try:
             async for changes in awatch(
                 directory,
-                watch_filter=is_source,
+                watch_filter=is_source_or_new_directory if is_deep else is_source,
                 debounce=_GROUPED_MS_MAX,
                 step=_QUIET_MS,
                 stop_event=self._stop,

@@ -52,7 +52,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     authentication_failure_count_max: int = 10
 
     # -- the whole engine
-    group_commit_ms_max: int = 2  # how long mutations join one commit while others wait
+    group_commit_ms_max: int = 5  # how long mutations join one commit while others wait
     group_commit_count_max: int = 512
     mutation_pending_count_max: int = 20_000  # all sessions together; past it: Overloaded
     result_cache_size_bytes: int = 64 << 20  # results that nobody watches at the moment

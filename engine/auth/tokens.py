@@ -8,12 +8,10 @@ Invariants
   4. A token is not kept: the cache is keyed by its SHA-256, and an entry counts only while the provider still
      publishes the key that signed it and the token has not expired.
 
-Signatures are PyJWT's: the smallest well-kept library (no dependencies beyond `cryptography`, maintained since 2011,
-answered its advisories in releases within days); Authlib and joserfc bring OAuth with them, python-jose went without a
-release for years over open advisories. Its checks of time and audience are not used: they read the machine's clock.
+Signatures are PyJWT's: a small, well-kept library with no dependency beyond `cryptography`; Authlib and joserfc bring
+OAuth or all of JOSE along. Its checks of time and audience are not used: they read the machine's clock.
 
-Checking one takes about 0.1 ms whatever the algorithm, on the loop: less than handing it to a thread and back is worth.
-A token seen before takes 2 µs.
+Checking a token takes about 0.1 ms whatever the algorithm, on the loop; one seen before takes 2 µs.
 """
 
 import binascii

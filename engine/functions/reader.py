@@ -149,26 +149,26 @@ class Scan(Generic[T]):
             raise FunctionMisuse(f"take: {n} documents; 0 or more can be taken.")
         taken: list[T] = []
         reading = self._start()
-        while len(taken) < n:
+        while len(taken) < n and not reading.is_exhausted:
             if self._run.wants_pause:
                 await self._run.pause()
-            chunk = reading.next_chunk(n - len(taken) if not self._filters else max(n, _FIRST_CHUNK))
             if not self._filters:
-                taken += chunk
-                if chunk:
-                    reading.saw(chunk[-1])
-            elif chunk:
+                taken += reading.next_chunk(n - len(taken))
+            else:
+                document: T | None = None
                 try:
-                    for document in chunk:
+                    for document in reading.next_chunk(max(n, _FIRST_CHUNK)):
                         if self._keeps(document):
                             taken.append(document)
                             if len(taken) == n:
-                                break
-                finally:
-                    reading.saw(document)  # also one that a predicate raises for
-            if reading.is_exhausted and len(taken) < n:
-                reading.saw_the_end()
-                break
+                                return taken
+                finally:  # a predicate may raise
+                    if document is not None:
+                        reading.saw(document)
+        if len(taken) < n:
+            reading.saw_the_end()
+        elif taken:
+            reading.saw(taken[-1])
         return taken
 
     async def first(self) -> T | None:
@@ -192,7 +192,7 @@ class Scan(Generic[T]):
             await self._run.pause()
         reading = self._start()
         documents = reading.next_chunk(None)
-        reading.saw_the_end()
+        reading.saw_the_end()  # before the predicates, which may raise
         return [d for d in documents if self._keeps(d)] if self._filters else documents
 
     async def count(self) -> int:
@@ -266,6 +266,8 @@ class Reading(Generic[T]):
         self._rest = index_range  # not read yet
         self._place: int | None = None  # in the read set
         self.is_exhausted = False  # True once the end of the range was read
+        if not transaction.is_tracked:
+            transaction.read_set.add_range(index_range)  # counts against the limit; nobody asks what of it was read
 
     def next_chunk(self, limit: int | None) -> list[T]:
         """The next documents, at most `limit`; None for all. What of them was consumed is told by `saw`."""
@@ -278,7 +280,7 @@ class Reading(Generic[T]):
             raise
         if limit is None or len(documents) < limit:
             self.is_exhausted = True
-        if documents:
+        elif documents:
             key = self._index.key_of(documents[-1])[:-1]
             start, end = (self._rest.start, before(key)) if self._descending else (after(key), self._rest.end)
             self._rest = IndexRange(self._range.table, self._range.index, start, end)
@@ -286,11 +288,13 @@ class Reading(Generic[T]):
 
     def saw(self, document: T) -> None:
         """The run has consumed the range up to this document."""
-        self._depend(self._range.cut_at(self._index.key_of(document), descending=self._descending))
+        if self._transaction.is_tracked:
+            self._depend(self._range.cut_at(self._index.key_of(document), descending=self._descending))
 
     def saw_the_end(self) -> None:
         """The run knows that nothing more is there."""
-        self._depend(self._range)
+        if self._transaction.is_tracked:
+            self._depend(self._range)
 
     def _depend(self, index_range: IndexRange) -> None:
         read_set = self._transaction.read_set

@@ -11,7 +11,7 @@ Functions call it through `functions/reader.py`; who may call what is decided th
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -73,6 +73,8 @@ class Catalog:
 
 class ReadTransaction:
     """What one run reads; for a query also what it depends on."""
+
+    is_tracked: ClassVar[bool] = True  # whether the read set is to be exact
 
     def __init__(
         self,
@@ -160,6 +162,8 @@ class ReadTransaction:
 
 class WriteTransaction(ReadTransaction):
     """What one mutation reads and writes; it sees its own writes."""
+
+    is_tracked: ClassVar[bool] = False  # mutations run one after another: what one depends on, nobody else changes
 
     def __init__(
         self,
