@@ -18,7 +18,8 @@ help: ## say what can be made
 
 run: .venv/installed ## serve the demo app on http://127.0.0.1:3210, reloading functions on save
 	@$(BIN)/engine run --database $(DATABASE) demo:seed > /dev/null
-	$(BIN)/engine dev --database $(DATABASE) --host $(HOST) --port $(PORT)
+	@echo 'For the commands below, in another terminal: . .venv/bin/activate'
+	@$(BIN)/engine dev --database $(DATABASE) --host $(HOST) --port $(PORT)
 
 test: .venv/installed-test $(NODE_MODULES) ## everything: lint, types, tests and the real clients
 	@status=0; \

@@ -13,11 +13,11 @@ from typing import TypeVar
 from engine.auth.admin import Authenticator, parse_authorization
 from engine.auth.tokens import Verified
 from engine.clock import Clock
-from engine.errors import EngineError, FunctionNotFound, RequestError, RequestIdReused
+from engine.errors import AppFault, EngineError, FunctionNotFound, RequestError, RequestIdReused
 from engine.functions.calls import Call, Outcome
 from engine.functions.failures import Failure
 from engine.functions.registry import FunctionKind
-from engine.functions.runner import Runner
+from engine.functions.runner import QueryRun, Runner
 from engine.identity import Identity
 from engine.ids import creation_time_of
 from engine.live.live_query import Result
@@ -110,24 +110,16 @@ class EngineBackend:
         is_admin: bool = False,
     ) -> Result:
         """The result now, shared with whoever watches the same; or at a snapshot that was retained."""
-        if at_ts is None or (at_ts == self._publisher.ts and not is_admin):
-            if not is_admin:
-                return await self._publisher.ask_once(path, arguments, identity)
-            at_ts = self._publisher.ts
-        reader = self._snapshots.at(at_ts)
-        if reader is None:
-            raise RequestError(
-                f"the snapshot at {at_ts} is not kept any more (it is for "
-                f"{self._runner.limits.snapshot_retained_seconds} s). Ask /api/query_ts for a new one."
-            )
+        if at_ts is None and not is_admin:
+            return await self._publisher.ask_once(path, arguments, identity)
+        ts = self._publisher.ts if at_ts is None else at_ts
         try:
             call = self._resolve("query", path, arguments, is_admin=is_admin)
         except RequestError as error:
             failure = self._runner.failures.of(error, path)
-            return Result(ts=at_ts, value=None, failure=failure, journal=None, log_lines=())
-        transaction = ReadTransaction(reader, self._publisher.catalog, self._runner.limits)
-        run = await self._runner.run_long_query(call, identity, transaction, self._now_ms(), None)
-        return Result(ts=at_ts, value=run.value, failure=run.failure, journal=None, log_lines=run.log_lines)
+            return Result(ts=ts, value=None, failure=failure, journal=None, log_lines=())
+        run = await self._run_at(ts, call, identity)
+        return Result(ts=ts, value=run.value, failure=run.failure, journal=None, log_lines=run.log_lines)
 
     async def http_mutation(
         self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
@@ -163,13 +155,8 @@ class EngineBackend:
     # -- of an action (`functions/calls.py`, Transactions)
 
     async def run_query(self, call: Call, identity: Identity | None) -> Outcome:
-        reader = self._snapshots.lend()
-        try:
-            transaction = ReadTransaction(reader, self._publisher.catalog, self._runner.limits)
-            run = await self._runner.run_long_query(call, identity, transaction, self._now_ms(), None)
-            return Outcome(run.value, run.failure, run.log_lines)
-        finally:
-            self._snapshots.give_back(reader)
+        run = await self._run_at(self._publisher.ts, call, identity)
+        return Outcome(run.value, run.failure, run.log_lines)
 
     async def run_mutation(self, call: Call, identity: Identity | None) -> Outcome:
         settled = await self._commit(
@@ -186,12 +173,19 @@ class EngineBackend:
         results: list[T] = []
 
         def execute(transaction: WriteTransaction, tick: int) -> Execution:
-            results.append(work(transaction, creation_time_of(tick)))
+            transaction.lift_read_limits()
+            try:
+                results.append(work(transaction, creation_time_of(tick)))
+            except (RequestError, AppFault) as error:  # what an action asked for cannot be written
+                return Execution(None, error)
             return Execution(b"null", None)
 
         settled = await self._commit(execute)
         if settled.error is not None:
             raise settled.error
+        assert settled.execution is not None
+        if settled.execution.value is None:
+            raise settled.execution.detail
         return results[-1]  # it runs again when storage undid its group
 
     async def close(self) -> None:
@@ -201,6 +195,20 @@ class EngineBackend:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # -- inside
+
+    async def _run_at(self, ts: int, call: Call, identity: Identity | None) -> QueryRun:
+        """Run a query on a snapshot that stays while the run pauses. Raises RequestError when it is gone."""
+        reader = self._snapshots.lend(ts)
+        if reader is None:
+            raise RequestError(
+                f"the snapshot at {ts} is not kept any more (it is for "
+                f"{self._runner.limits.snapshot_retained_seconds} s). Ask /api/query_ts for a new one."
+            )
+        try:
+            transaction = ReadTransaction(reader, self._publisher.catalog, self._runner.limits)
+            return await self._runner.run_long_query(call, identity, transaction, self._now_ms(), None)
+        finally:
+            self._snapshots.give_back(reader)
 
     async def _commit(self, execute: Callable[[WriteTransaction, int], Execution]) -> Settled:
         done: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
@@ -228,15 +236,18 @@ class EngineBackend:
                 ts = settled.ts if outcome.failure is None else None
                 done(MutationOutcome(ts, outcome.value, outcome.failure, outcome.log_lines))
 
+        def execute(transaction: WriteTransaction, tick: int) -> Execution:
+            current = call
+            if self._runner.registry.by_path.get(call.function.path) is not call.function:  # reloaded since
+                try:
+                    current = self._resolve("mutation", path, arguments, is_admin=is_admin)
+                except RequestError as error:
+                    return Execution(None, Outcome(None, self._runner.failures.of(error, path), ()))
+            return self._runner.execute_mutation(current, identity, transaction, tick)
+
         try:
             call = self._resolve("mutation", path, arguments, is_admin=is_admin)
-            self._committer.submit(
-                Submission(
-                    lambda transaction, tick: self._runner.execute_mutation(call, identity, transaction, tick),
-                    settle,
-                    key,
-                )
-            )
+            self._committer.submit(Submission(execute, settle, key))
         except RequestError as error:
             done(MutationOutcome(None, None, self._runner.failures.of(error, path)))
 

@@ -59,7 +59,7 @@ from engine.functions.registry import Function
 from engine.ids import IdOf
 from engine.live.live_query import Result
 from engine.observe.log import set_up_logging
-from engine.server.process import check_free, serving_process, stop_signals, unless_failed
+from engine.server.process import check_free, end_on_failure, serving_process, stop_signals
 from engine.storage.connections import lock_holder
 from engine.sync.backend import ActionOutcome, MutationOutcome
 from engine.values import Int64
@@ -183,8 +183,9 @@ def serve(app: Path, database: Path | None, host: str | None, port: int | None) 
 async def _serve(app: Path, database: Path, config: Config) -> None:
     with stop_signals() as stop:
         async with serving_process(app, database, config, SystemClock()) as (engine, address):
+            end_on_failure(engine, exit_code_of)
             _log.info("serving %s with %d functions, data in %s", address, len(engine.registry.by_path), database)
-            await unless_failed(engine, stop.wait(), exit_code_of)
+            await stop.wait()
 
 
 def configuration(app: Path, mode: Mode, host: str | None, port: int | None) -> Config:
@@ -296,7 +297,8 @@ def _with_plain_numbers(value: Any) -> Any:
 async def _run_here(app: Path, database: Path, asked: _Asked) -> _Outcome:
     """On the database itself, which nobody serves."""
     async with Engine.open(app, database, mode="development") as engine:
-        outcome = await unless_failed(engine, _call(engine.backend, asked), exit_code_of)
+        end_on_failure(engine, exit_code_of)
+        outcome = await _call(engine.backend, asked)
     failure = outcome.failure
     if failure is None:
         return _Outcome(outcome.value, None, outcome.log_lines)

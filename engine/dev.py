@@ -34,7 +34,7 @@ from engine.errors import DeveloperError
 from engine.functions.registry import Registry
 from engine.observe.log import set_up_logging
 from engine.server.development import development_routes
-from engine.server.process import check_free, serving_process, stop_signals, unless_failed
+from engine.server.process import check_free, end_on_failure, serving_process, stop_signals
 
 FUNCTIONS_DIRECTORY = "functions"
 _QUIET_MS = 30  # saves this close together are one: an editor writes, renames and touches
@@ -187,4 +187,5 @@ async def _serve(app: Path, database: Path, config: Config) -> None:
             for change in engine.schema_changes:
                 console.print(f"schema: {change}", style="dim", markup=False)
             console.print(banner(address, app=app, database=database, registry=engine.registry), soft_wrap=True)
-            await unless_failed(engine, reload_on_save(saves, engine.reload, console), exit_code_of)
+            end_on_failure(engine, exit_code_of)
+            await reload_on_save(saves, engine.reload, console)

@@ -23,7 +23,7 @@ from engine.auth.tokens import TokenVerifier
 from engine.backend import EngineBackend
 from engine.clock import Clock, SystemClock
 from engine.config import Config, load_config
-from engine.errors import EngineClosed, InternalError
+from engine.errors import EngineClosed, EngineError, InternalError
 from engine.events import CodeReloaded, Committed, Events
 from engine.functions.calls import Outcome, value_of
 from engine.functions.loader import App, load_app
@@ -60,6 +60,7 @@ class Engine:
         self._app = app
         self._providers = providers
         self.failed: asyncio.Future[InternalError] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()  # failed or closed: why
         limits = config.limits
         self.schema_changes = apply_schema(database.writer, app.schema)
         """What opening changed in the database, in words."""
@@ -156,7 +157,8 @@ class Engine:
         A subscriber that is slower than the changes skips to the newest result.
         """
         function, raw = self._prepare("query", path, arguments)
-        return ResultStream(self.backend, self.failed, function, path, raw, identity)
+        self.registry.public(path, "query")  # internal ones have no subscribers
+        return ResultStream(self.backend, self._ended, function, path, raw, identity)
 
     @property
     def registry(self) -> Registry:
@@ -193,26 +195,33 @@ class Engine:
         return call.function, call.function.signature.to_wire_bytes(call.arguments)
 
     async def _unless_failed(self, work: Any) -> Any:
-        """The result of some work, unless the engine fails first: what waits for a commit would wait for ever."""
-        if self.failed.done():
+        """The result of some work, unless the engine ends first: what waits for a commit would wait for ever."""
+        if self._ended.done():
             work.close()
-            raise self.failed.result()
+            raise self._ended.result()
         task = asyncio.ensure_future(work)
-        await asyncio.wait((task, self.failed), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            raise self.failed.result()
-        return task.result()
+        try:
+            await asyncio.wait((task, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise self._ended.result()
+            return task.result()
+        finally:
+            task.cancel()  # of a mutation only the waiting
 
     # -- the flow of a commit
 
     async def _publish(self, group: Group) -> None:
-        if len(group.write_set):
+        has_committed = group.ts > self._publisher.ts
+        if has_committed:
             ts = self._snapshots.advance()
             assert ts == group.ts, "readers show exactly what was committed"
         for submission, settled in group.settled:
-            submission.settle(settled)
-        if not len(group.write_set):
+            try:
+                submission.settle(settled)
+            except Exception as error:  # noqa: BLE001 - a door's own bug must not cost the others their answers
+                context = {"message": "a mutation was committed, and telling so failed", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
+        if not has_committed:
             return
         await self._publisher.publish(group.ts, group.write_set)
         self._scheduler.committed(group.write_set)
@@ -223,17 +232,25 @@ class Engine:
         self._snapshots.advance()
 
     def _read(self) -> ReadTransaction:
-        return ReadTransaction(self._snapshots.reader, self._publisher.catalog, self.config.limits)
+        transaction = ReadTransaction(self._snapshots.reader, self._publisher.catalog, self.config.limits)
+        transaction.lift_read_limits()
+        return transaction
 
     def _fail(self, error: InternalError) -> None:
         if not self.failed.done():
             self.failed.set_result(error)
+        self._end(error)
+
+    def _end(self, reason: EngineError) -> None:
+        if not self._ended.done():
+            self._ended.set_result(reason)
 
     async def _stop(self, run: "asyncio.Task[None]") -> None:
         await self._scheduler.close()
         await self.backend.close()
         self._committer.close()
         await run
+        self._end(EngineClosed("the engine was closed."))
         await self._publisher.close()
 
 
@@ -243,13 +260,13 @@ class ResultStream:
     def __init__(
         self,
         backend: EngineBackend,
-        failed: "asyncio.Future[InternalError]",
+        ended: "asyncio.Future[EngineError]",
         function: Function,
         path: str,
         arguments: bytes,
         identity: Identity | None,
     ) -> None:
-        self._backend, self._failed, self._function = backend, failed, function
+        self._backend, self._ended, self._function = backend, ended, function
         self._path, self._arguments, self._identity = path, arguments, identity
         self._ready = asyncio.Event()
         self._view: View | None = None
@@ -258,11 +275,11 @@ class ResultStream:
         self._view = self._backend.make_view(self._ready.set)
         self._view.set_identity(self._identity)
         self._view.add(0, self._path, self._arguments, None)
-        self._failed.add_done_callback(self._wake)
+        self._ended.add_done_callback(self._wake)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._failed.remove_done_callback(self._wake)
+        self._ended.remove_done_callback(self._wake)
         if self._view is not None:
             self._view.close()
             self._view = None
@@ -273,8 +290,8 @@ class ResultStream:
     async def __anext__(self) -> Any:
         """The next result that differs. Raises what the query raises; the stream goes on after that."""
         while self._view is not None:
-            if self._failed.done():
-                raise self._failed.result()
+            if self._ended.done():
+                raise self._ended.result()
             self._ready.clear()
             change = self._view.take()
             if change is not None and 0 in change.results:

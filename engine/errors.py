@@ -112,6 +112,7 @@ class AppError(EngineError):
     """
 
     code = "AppError"
+    data: Any = None  # also of a subclass that does not call `super().__init__`
 
     def __init__(self, data: Any) -> None:
         super().__init__(data)

@@ -7,6 +7,7 @@ Invariants
 Results are shared by all callers for whom the parts that a run read are equal (`live/live_query.py`).
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NewType
 
@@ -94,7 +95,7 @@ class _Claims(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         self._on_read(claim_part(name))
-        return self._claims[name]
+        return copy.deepcopy(self._claims[name])  # a run that changes a list in it changes its own copy
 
     def __contains__(self, name: object) -> bool:
         self._on_read(claim_part(str(name)))

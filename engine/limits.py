@@ -49,7 +49,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     connect_wait_seconds_max: int = 300  # official clients wait for a token before they say anything
     unconnected_count_max: int = 1_000
     connection_count_max: int = 20_000
-    authentication_failure_count_max: int = 10
 
     # -- the whole engine
     group_commit_ms_max: int = 5  # how long mutations join one commit while others wait

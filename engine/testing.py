@@ -43,7 +43,8 @@ class ManualClock:
 
     def call_later(self, delay_seconds: float, callback: Callable[[], None]) -> "_Timer":
         timer = _Timer(callback)
-        due_ns = self._elapsed_ns + max(0, round(delay_seconds * _NS_PER_SECOND))
+        # at least 1 ns, so that one who waits for what rounding left of a delay comes to its end
+        due_ns = self._elapsed_ns + max(1, round(delay_seconds * _NS_PER_SECOND))
         heapq.heappush(self._timers, (due_ns, self._timer_count, timer))
         self._timer_count += 1
         return timer

@@ -37,6 +37,19 @@ def test_a_timer_made_by_a_timer_fires_in_the_same_turn_if_it_is_due(clock: Manu
     assert fired == [10, 20, 30]
 
 
+def test_waiting_again_for_next_to_nothing_lets_time_pass(clock: ManualClock) -> None:
+    fired: list[float] = []
+
+    def wait_again() -> None:
+        fired.append(clock.monotonic())
+        if clock.monotonic() < 1.000000002:
+            clock.call_later(1e-10, wait_again)
+
+    clock.call_later(1, wait_again)
+    clock.advance(2)
+    assert fired == [1.0, 1.000000001, 1.000000002]
+
+
 def test_a_cancelled_timer_does_not_fire(clock: ManualClock) -> None:
     fired: list[int] = []
     clock.call_later(1, lambda: fired.append(1)).cancel()

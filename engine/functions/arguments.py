@@ -99,7 +99,10 @@ class Signature:
         values = arguments.values
         if self._mutable_names:
             values = {**values, **{name: copy.deepcopy(values[name]) for name in self._mutable_names}}
-        return function(ctx, **values)
+        try:
+            return function(ctx, **values)
+        except StopIteration as error:  # of a plain def; whoever drives it would take it for its return value
+            raise RuntimeError(f"{function.__qualname__} raised StopIteration") from error
 
     def _complete(self, given: dict[str, Any]) -> Arguments:
         values = {**self._defaults, **given}

@@ -56,21 +56,23 @@ class NestedCalls:
         self._runner, self._run, self._transaction, self._now = runner, run, transaction, now
 
     async def run_query(self, function: FunctionReference, arguments: dict[str, Any]) -> Any:
+        self._run.check_open()
         call = self._runner.call_of(function, ("query",), arguments)
         return await self._enter(call, self._runner.query_ctx(self._run, self._transaction, self._now))
 
     async def run_mutation(self, function: FunctionReference, arguments: dict[str, Any]) -> Any:
+        self._run.check_open()
         transaction = self._transaction
         if not isinstance(transaction, WriteTransaction) or self._run.function.kind != "mutation":
             raise FunctionMisuse(f"{self._run.function.path}: a query runs no mutation.")
         call = self._runner.call_of(function, ("mutation",), arguments)
-        saved = transaction.begin_nested()
+        savepoint = transaction.begin_nested()
         try:
             value = await self._enter(call, self._runner.mutation_ctx(self._run, transaction, self._now))
-        except Exception:
-            transaction.undo_nested(saved)
+        except BaseException:
+            transaction.undo_nested(savepoint)
             raise
-        transaction.end_nested()
+        transaction.end_nested(savepoint)
         return value
 
     async def run_action(self, function: FunctionReference, arguments: dict[str, Any]) -> Any:
@@ -126,4 +128,4 @@ def value_of(function: Function, outcome: Outcome) -> Any:
     if outcome.failure is None:
         assert outcome.value is not None
         return function.decode_result(outcome.value)
-    raise outcome.failure.error
+    raise outcome.failure.error.with_traceback(None)  # shared: each raise would lengthen it

@@ -93,7 +93,7 @@ class _Context:
 
     @cached_property
     def random(self) -> Random:
-        """Seeded: a run that is repeated draws the same numbers."""
+        """Seeded: a run that is repeated draws the same numbers; each function that it calls draws others."""
         return seeded_random(self._seed())
 
     def run_query(self, function: FunctionReference, /, **arguments: Any) -> Awaitable[Any]:

@@ -21,11 +21,12 @@ from engine.errors import (
     RequestError,
 )
 from engine.events import Events, FunctionFaulted
-from engine.functions.run import RunStopped
+from engine.functions.run import Escaped, RunStopped
 from engine.limits import Limits
 from engine.values import encode_value
 
 _PAGINATION_RESET = b'{"isConvexSystemError":true,"paginationError":"InvalidCursor"}'  # client hooks look for it
+_TEXT_LENGTH_MAX = 16_384  # of an error: it may quote megabytes of data
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -67,12 +68,15 @@ class Failures:
                 )
                 self._events.emit(FunctionFaulted(path, request_id, limit))
                 return self._failure(limit, request_id, str(limit), None, is_public=True)
+            case Escaped() if error.__cause__ is not None:
+                return self.of(error.__cause__, path)
             case AppFault():
                 self._events.emit(FunctionFaulted(path, request_id, error))
                 return self._failure(error, request_id, _trace_of(error), None)
             case _:
                 self._events.emit(FunctionFaulted(path, request_id, error))
-                failed = FunctionFailed(f"{path} raised {type(error).__name__}: {error}")
+                # not str(error): the app's `__str__` may raise
+                failed = FunctionFailed(f"{path} raised {traceback.format_exception_only(error)[-1].rstrip()}")
                 failed.__cause__ = error
                 return self._failure(failed, request_id, _trace_of(error), None)
 
@@ -80,6 +84,7 @@ class Failures:
         self, error: EngineError, request_id: str, text: str, data: bytes | None, *, is_public: bool = False
     ) -> Failure:
         code = error.code
+        text = text[:_TEXT_LENGTH_MAX].encode(errors="backslashreplace").decode()  # lone surrogates are no UTF-8
         message = f"[Request ID: {request_id}] Server Error"
         if is_public:
             message += f": {code}: {text}"

@@ -11,8 +11,12 @@ one that was loaded owns these names.
 import importlib
 import sys
 import traceback
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import msgspec
 
@@ -41,9 +45,10 @@ def load_app(directory: Path, limits: Limits) -> App:
             f"{directory} has no {_SCHEMA}.py. An app is a directory with {_SCHEMA}.py and {_FUNCTIONS}/."
         )
     replaced = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_app_module(name)}
-    writes_byte_code, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # invariant 2
-    sys.path.insert(0, str(directory))
-    importlib.invalidate_caches()
+    older_finders = [finder for finder in sys.meta_path if isinstance(finder, _AppFinder)]
+    finder = _AppFinder(directory)
+    sys.meta_path.insert(0, finder)
+    sys.path.insert(0, str(directory))  # for what else lies there
     try:
         schema = _load_schema(directory, limits)
         modules = {
@@ -51,15 +56,18 @@ def load_app(directory: Path, limits: Limits) -> App:
             for name in _function_modules(directory / _FUNCTIONS)
         }
         functions = functions_of(modules, limits=limits, tags=schema.tag_of_class)
-        return App(directory, schema, Registry(functions))
+        app = App(directory, schema, Registry(functions))
     except BaseException:
+        sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if _is_app_module(name)]:
             del sys.modules[name]
         sys.modules.update(replaced)
         raise
     finally:
         sys.path.remove(str(directory))
-        sys.dont_write_bytecode = writes_byte_code
+    for older in older_finders:  # the new one stays: functions may import when they run
+        sys.meta_path.remove(older)
+    return app
 
 
 def _load_schema(directory: Path, limits: Limits) -> Schema:
@@ -84,7 +92,7 @@ def _function_modules(directory: Path) -> list[str]:
 
 def _import(name: str, directory: Path) -> ModuleType:
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except DeveloperError:
         raise
     except (Exception, SystemExit) as error:
@@ -94,13 +102,28 @@ def _import(name: str, directory: Path) -> ModuleType:
         text = "".join(traceback.format_exception_only(error)).rstrip()
         kind = SchemaError if name == _SCHEMA else RegistryError
         raise kind(f"{name.replace('.', '/')}.py does not import: {text}\n{where}") from error
-    source = getattr(module, "__file__", None) or ""
-    if not Path(source).resolve().is_relative_to(directory):
-        raise RegistryError(
-            f"{name} was imported from {source or 'somewhere else'}, not from {directory}. "
-            f"Another package has that name: rename it or uninstall it."
-        )
-    return module
+
+
+class _AppFinder(MetaPathFinder):
+    """Finds the app's modules in its own directory, whatever other packages have their names."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not _is_app_module(name):
+            return None
+        folder = self._directory.joinpath(*name.split(".")[:-1])
+        return FileFinder(str(folder), (_SourceLoader, [".py"])).find_spec(name)
+
+
+class _SourceLoader(SourceFileLoader):
+    """Neither reads nor writes byte code: it tells versions apart by whole seconds and sizes (invariant 2)."""
+
+    def path_stats(self, path: str) -> NoReturn:
+        raise OSError("byte code is not wanted")  # how `SourceLoader.get_code` is told
 
 
 def _is_app_module(name: str) -> bool:

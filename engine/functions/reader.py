@@ -5,7 +5,7 @@ A scan is built (`query`, `order`, `filter`) and then ended (`take`, `first`, `u
 
 Invariants
   1. The range in the read set ends at the last document that the run has seen, filtered out or not.
-  2. Every statement is finished before the function goes on, so writes inside an `async for` are seen in key order.
+  2. Every statement is finished before the function goes on; an `async for` sees what its body writes further on.
 """
 
 import math
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Table)
 
 _FIRST_CHUNK, _CHUNK_MAX = 32, 1024
+_TICK_MAX = 1 << 62  # an infinite bound still fits SQLite
 _MISSING: Any = object()
 
 
@@ -145,8 +146,8 @@ class Scan(Generic[T]):
 
     async def take(self, n: int) -> list[T]:
         """The first `n` documents, or all if there are fewer."""
-        if n < 0:
-            raise FunctionMisuse(f"take: {n} documents; 0 or more can be taken.")
+        if type(n) is not int or n < 0:
+            raise FunctionMisuse(f"take: {n!r} documents; a whole number from 0 on can be taken.")
         taken: list[T] = []
         reading = self._start()
         while len(taken) < n and not reading.is_exhausted:
@@ -220,11 +221,17 @@ class Scan(Generic[T]):
         while not reading.is_exhausted:
             if self._run.wants_pause:
                 await self._run.pause()
+            write_count = self._transaction.write_count
             for document in reading.next_chunk(size):
                 reading.saw(document)
                 if self._keeps(document):
                     yield document
-            size = min(size * 2, _CHUNK_MAX)
+                if self._transaction.write_count != write_count:
+                    reading.go_on_after(document)  # what was fetched besides may have changed
+                    size = 1
+                    break
+            else:
+                size = min(size * 2, _CHUNK_MAX)
         reading.saw_the_end()
 
     def _keeps(self, document: T) -> bool:
@@ -281,10 +288,16 @@ class Reading(Generic[T]):
         if limit is None or len(documents) < limit:
             self.is_exhausted = True
         elif documents:
-            key = self._index.key_of(documents[-1])[:-1]
-            start, end = (self._rest.start, before(key)) if self._descending else (after(key), self._rest.end)
-            self._rest = IndexRange(self._range.table, self._range.index, start, end)
+            self.go_on_after(documents[-1])
         return documents
+
+    def go_on_after(self, document: T) -> None:
+        """The next chunk begins after this document."""
+        key = self._index.key_of(document)[:-1]
+        whole = self._range
+        start, end = (whole.start, before(key)) if self._descending else (after(key), whole.end)
+        self._rest = IndexRange(whole.table, whole.index, start, end)
+        self.is_exhausted = False
 
     def saw(self, document: T) -> None:
         """The run has consumed the range up to this document."""
@@ -345,9 +358,9 @@ def _range_of(table: TableSchema, index: IndexSchema, equal: dict[str, Any], bou
 
 
 def _tick_bound(name: str, creation_time_ms: Any, where: str) -> int:
-    if isinstance(creation_time_ms, bool) or not isinstance(creation_time_ms, int | float):
+    if type(creation_time_ms) not in (int, float) or math.isnan(creation_time_ms):
         raise FunctionMisuse(f"{where}: {name}={creation_time_ms!r} is no creation time; give ms since the epoch.")
-    ticks = creation_time_ms * TICKS_PER_MS
+    ticks: float = max(-_TICK_MAX, min(creation_time_ms * TICKS_PER_MS, _TICK_MAX))
     return math.floor(ticks) if name in ("gt", "lte") else math.ceil(ticks)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, overload
 import msgspec
 from cronsim import CronSim, CronSimError
 
-from engine.errors import FunctionNotFound, RegistryError
+from engine.errors import FunctionNotFound, InvalidArgument, RegistryError
 from engine.functions.arguments import Signature, compile_signature
 from engine.limits import Limits
 from engine.values import camel_case, compile_decoder, compile_encoder
@@ -99,9 +99,11 @@ def cron(
         raise RegistryError(f"cron: an interval of {interval_ms} ms; at least 1,000 ms are needed.")
     if expression is not None:
         try:
-            CronSim(expression, _utc(0))
+            next(CronSim(expression, _utc(0)))
         except CronSimError as error:
             raise RegistryError(f"cron: {expression!r} is not a 5-field cron expression: {error}.") from error
+        except StopIteration as error:
+            raise RegistryError(f"cron: {expression!r} never comes.") from error
     when = Cron(expression=expression) if expression is not None else Cron(interval_ms=interval_ms)
 
     def mark(function: F) -> F:
@@ -117,7 +119,7 @@ class Registry:
     def __init__(self, functions: Iterable[Function]) -> None:
         self.by_path: dict[str, Function] = {}
         self._by_name: dict[str, Function] = {}  # both spellings
-        self._by_callable: dict[Callable[..., Any], Function] = {}
+        self._by_definition: dict[tuple[str, str], Function] = {}
         for function in functions:
             for name in {function.path, camel_path(function.path)}:
                 if (other := self._by_name.setdefault(name, function)) is not function:
@@ -125,7 +127,7 @@ class Registry:
                         f"{function.path} and {other.path} are the same name to clients ({name}). Rename one of them."
                     )
             self.by_path[function.path] = function
-            self._by_callable[function.callable] = function
+            self._by_definition[_definition_of(function.callable)] = function
 
     def public(self, path: str, kind: FunctionKind) -> Function:
         """The function that a client may call by this path, in any spelling of section 10 of the protocol page."""
@@ -136,7 +138,7 @@ class Registry:
 
     def any(self, target: str | Callable[..., Any], kinds: tuple[FunctionKind, ...]) -> Function:
         """The function that app code or an operator names by itself or by its path; internal ones too."""
-        function = self._find(target) if isinstance(target, str) else self._by_callable.get(target)
+        function = self._find(target) if isinstance(target, str) else self._by_definition.get(_definition_of(target))
         if function is None or function.kind not in kinds:
             name = target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
             raise FunctionNotFound(name, " or ".join(kinds))
@@ -176,6 +178,11 @@ def _compile(
     if when is not None and (declared.kind == "query" or not declared.is_internal):
         raise RegistryError(f"{path}: @cron stands above an internal mutation or action: @mutation(internal=True).")
     signature = compile_signature(function, limits=limits, tags=tags)
+    if when is not None:
+        try:
+            signature.from_python({})
+        except InvalidArgument as error:
+            raise RegistryError(f"{path}: @cron calls it without arguments: {error}") from error
     decode = compile_decoder(signature.return_type, limits=limits, tags=tags, is_stored=True)
     return Function(
         path=path,
@@ -187,6 +194,11 @@ def _compile(
         decode_result=lambda payload: decode(msgspec.json.decode(payload)),
         cron=when,
     )
+
+
+def _definition_of(function: Callable[..., Any]) -> tuple[str, str]:
+    """Where it is defined: an action that outlives a reload names functions by what they were before."""
+    return getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
 
 
 def _declare(kind: FunctionKind, function: F | None, is_internal: bool) -> F | Callable[[F], F]:

@@ -9,7 +9,8 @@
 Invariants
   1. A run changes only its own state and its transaction, both thrown away whole when it is stopped.
   2. The watchdog injects only while the marker says that a function is being driven; setting, clearing and injecting
-     happen under one lock, and clearing withdraws what was not delivered yet.
+     happen under one lock, and clearing withdraws what was not delivered yet. A run that it stopped has failed, also
+     when the function swallowed the exception.
   3. `ctx` is dead once its function has returned.
 """
 
@@ -27,7 +28,7 @@ from engine.functions.pages import CursorSeal, fingerprint_of
 from engine.identity import PRESENT, Identity, Part, part_of
 from engine.limits import Limits
 from engine.ranges import IndexRange
-from engine.transaction.transaction import ReadTransaction, no_deadline
+from engine.transaction.transaction import ReadTransaction
 
 if TYPE_CHECKING:
     from engine.functions.arguments import Arguments
@@ -49,6 +50,13 @@ class RanLong(RunStopped):
     """A query passed run_slow_ms on the shared snapshot: it starts again where it can pause."""
 
 
+class Escaped(Exception):
+    """A function let out what is no Exception (SystemExit, CancelledError, …): its `__cause__`.
+
+    It is a failure like any other; going on as it is, it would end the loop that serves everybody.
+    """
+
+
 class Run:
     """The state of one run, shared by the nested queries and mutations in it."""
 
@@ -68,6 +76,8 @@ class Run:
         self.parts: dict[Part, Any] = {}  # what was read of the identity, and what it was
         self.log_lines: list[str] = []
         self.depth = 0
+        self.schedule_count = self.schedule_size_bytes = 0  # of jobs, nested mutations included
+        self.context_count = 0  # made for it: one, and one for each nested call
         self.journal = journal  # the end of the page; set anew by end_page
         self._identity = identity
         self._tracked_identity: Identity | None = None
@@ -116,15 +126,16 @@ class Run:
         transaction.check_deadline = self.check_deadline
 
     def end(self, transaction: ReadTransaction | None = None) -> None:
-        """The function has returned; what the engine itself still does in the transaction is not the run's."""
+        """The function has returned (invariant 3)."""
         self._is_open = False
         if transaction is not None:
-            transaction.check_deadline = no_deadline
+            transaction.end_run()
 
     # -- identity
 
     def identity(self) -> Identity | None:
         """Who asks, tracked: what is read of it decides who shares the result."""
+        self.check_open()
         identity = self._identity
         self.parts[PRESENT] = identity is not None
         if identity is not None and self._tracked_identity is None:
@@ -170,8 +181,8 @@ class Run:
         if len(self.log_lines) == limits.log_line_count_max:
             self.log_lines.append(f"[WARN] more than {limits.log_line_count_max} log lines; the rest is not kept")
         elif len(self.log_lines) < limits.log_line_count_max:
-            text = " ".join(map(str, parts))
-            self.log_lines.append(f"[{level}] {text[: limits.log_line_size_bytes_max]}")
+            line = f"[{level}] {' '.join(map(str, parts))}".encode(errors="backslashreplace")
+            self.log_lines.append(line[: limits.log_line_size_bytes_max].decode(errors="ignore"))
 
 
 class _Pause:
@@ -213,23 +224,29 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._leave()
+            was_stopped = self._leave()
         except RunTimedOut:  # delivered just here: the marker must be cleared all the same
             self._leave()
             raise
+        if was_stopped and not isinstance(error, RunTimedOut):
+            raise RunTimedOut from error  # whatever the function made of it: half an operation may have been cut off
+        if error is not None and not isinstance(error, (Exception, RunStopped, KeyboardInterrupt)):
+            raise Escaped from error
 
-    def _leave(self) -> None:
+    def _leave(self) -> bool:
         with self._lock:
             self._driven_since = None
-            if self._was_injected:
-                self._was_injected = False
+            was_stopped, self._was_injected = self._was_injected, False
+            if was_stopped:
                 _inject(self._loop_thread_id, None)  # withdraws it if it was not delivered
+            return was_stopped
 
     def _watch(self) -> None:
         while not self._stopped.wait(_WATCHDOG_PERIOD_SECONDS):
             with self._lock:
                 since = self._driven_since
-                if since is not None and not self._was_injected and _cpu() - since > self._run_seconds_max:
+                # again each time: Python drops what is raised in a `__del__`, and a function may catch it
+                if since is not None and _cpu() - since > self._run_seconds_max:
                     self._was_injected = True
                     _inject(self._loop_thread_id, RunTimedOut)
 

@@ -12,13 +12,14 @@ Invariants
 import asyncio
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from engine.clock import Clock, cpu_clock
-from engine.errors import InternalError, LimitExceeded
+from engine.errors import EngineError, InternalError, InvalidArgument, LimitExceeded
 from engine.events import ActionRan, Events, MutationRan
+from engine.functions.arguments import Arguments
 from engine.functions.calls import ActionCalls, Call, NestedCalls, Outcome, Transactions
 from engine.functions.context import ActionCtx, FunctionReference, MutationCtx, QueryCtx
 from engine.functions.failures import Failure, Failures
@@ -32,6 +33,8 @@ from engine.limits import Limits
 from engine.transaction.committer import Execution
 from engine.transaction.read_set import ReadSet
 from engine.transaction.transaction import ReadTransaction, WriteTransaction
+
+T = TypeVar("T")
 
 _cpu = cpu_clock()
 
@@ -82,7 +85,7 @@ class Runner:
     def call_of(self, target: FunctionReference, kinds: tuple[FunctionKind, ...], arguments: dict[str, Any]) -> Call:
         """What app code asks for, with Python values."""
         function = self.registry.any(target, kinds)
-        return Call(function, function.signature.from_python(arguments))
+        return Call(function, _refusing(function, function.signature.from_python, arguments))
 
     def _call(self, function: Function, arguments: bytes) -> Call:
         if len(arguments) > self.limits.arguments_size_bytes_max:
@@ -92,7 +95,7 @@ class Runner:
                 allowed=self.limits.arguments_size_bytes_max,
                 remedy="Send less at once, or raise limits.arguments_size_bytes_max.",
             )
-        return Call(function, function.signature.decode(arguments))
+        return Call(function, _refusing(function, function.signature.decode, arguments))
 
     # -- queries
 
@@ -187,8 +190,9 @@ class Runner:
         def invoke() -> Any:
             return call.function.signature.call(call.function.callable, ctx, call.arguments)
 
+        timeout = asyncio.timeout(self.limits.action_seconds_max)
         try:
-            async with asyncio.timeout(self.limits.action_seconds_max):
+            async with timeout:
                 if inspect.iscoroutinefunction(call.function.callable):
                     value = await invoke()
                 else:
@@ -196,17 +200,19 @@ class Runner:
                     if inspect.isawaitable(value):
                         value = await value
             outcome = Outcome(call.function.encode_result(value), None, self._shown_log(run))
-        except TimeoutError as error:
-            limit = LimitExceeded(
-                f"run time in s of {call.function.path}",
-                used=self.limits.action_seconds_max,
-                allowed=self.limits.action_seconds_max,
-                remedy="Do less in one action, or raise limits.action_seconds_max.",
-            )
-            limit.__cause__ = error
-            outcome = Outcome(None, self.failures.of(limit, call.function.path), self._shown_log(run))
-        except Exception as error:  # noqa: BLE001 - invariant 1
-            outcome = Outcome(None, self._failure_of(error, call), self._shown_log(run))
+        except BaseException as error:
+            if _is_from_outside(error):
+                raise
+            cause: BaseException = error
+            if timeout.expired() and isinstance(error, TimeoutError):  # not the function's own
+                cause = LimitExceeded(
+                    f"run time in s of {call.function.path}",
+                    used=self.limits.action_seconds_max,
+                    allowed=self.limits.action_seconds_max,
+                    remedy="Do less in one action, or raise limits.action_seconds_max.",
+                )
+                cause.__cause__ = error
+            outcome = Outcome(None, self._failure_of(cause, call), self._shown_log(run))
         finally:
             run.end()
         if self.events.listeners:
@@ -231,7 +237,9 @@ class Runner:
         )
 
     def _seed_of(self, run: Run, now: float | None = None) -> Callable[[], bytes]:
-        return lambda: b"%b|%b|%r" % (run.function.path.encode(), run.arguments.canonical, now)
+        number = run.context_count
+        run.context_count += 1
+        return lambda: b"%b|%b|%r|%d" % (run.function.path.encode(), run.arguments.canonical, now, number)
 
     def _new_run(
         self,
@@ -263,3 +271,21 @@ class Runner:
 
     def _shown_log(self, run: Run) -> tuple[str, ...]:
         return () if self._is_production else tuple(run.log_lines)
+
+
+def _refusing(function: Function, decode: Callable[[T], Arguments], given: T) -> Arguments:
+    """Arguments, which a `__post_init__` of the app may refuse with any exception."""
+    try:
+        return decode(given)
+    except EngineError:
+        raise
+    except Exception as error:
+        raise InvalidArgument(f"{function.path} refuses its arguments: {type(error).__name__}: {error}") from error
+
+
+def _is_from_outside(error: BaseException) -> bool:
+    """Whether somebody stops the task that an action runs in; what the action raises by itself is its failure."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, KeyboardInterrupt | GeneratorExit)

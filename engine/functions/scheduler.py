@@ -37,6 +37,7 @@ _SWEEP_SECONDS = 600.0  # between two sweeps of old jobs and ledger rows
 _SWEEP_COUNT = 1_000  # rows one sweep deletes at most, so that it stays short
 _RETRY_SECONDS = 1.0  # after an overload
 _TIMER_SECONDS_MAX = 3_600.0  # a wall clock may be set meanwhile
+_ERROR_LENGTH_MAX = 4_096
 _JOBS, _CRONS = ScheduledJob.__table_name__, CronJob.__table_name__
 _NOTHING = b"null"
 
@@ -137,7 +138,9 @@ class JobScheduler:
             call = self._runner.resolve_any(("mutation", "action"), document.path, arguments)
         except RequestError as error:  # the function is gone, or takes other arguments now
             failure = self._runner.failures.of(error, document.path)
-            self._submit(document, lambda transaction, now: self._end(transaction, document.id, now, failure))
+            self._submit(
+                document, lambda transaction, now: self._end(transaction, document.id, now, _error_of(failure))
+            )
             return
         if call.function.kind == "action":
             task = asyncio.create_task(self._run_action(document, call))
@@ -154,17 +157,17 @@ class JobScheduler:
         def execute(transaction: WriteTransaction, tick: int) -> Execution:
             if not _is_still_due(transaction, document):
                 return Execution(_NOTHING, None)
-            saved = transaction.begin_nested()
+            savepoint = transaction.begin_nested()
             execution = self._runner.execute_mutation(call, None, transaction, tick)
             if execution.value is None:
-                transaction.undo_nested(saved)
+                transaction.undo_nested(savepoint)
             else:
-                transaction.end_nested()
+                transaction.end_nested(savepoint)
             if not transaction.is_open:
                 return Execution(None, None)  # storage has undone the group: the committer sees it
             failure = execution.detail.failure
             failures.append(failure)
-            self._end(transaction, document.id, self._clock.wall_ns() / 1_000_000, failure)
+            self._end(transaction, document.id, self._clock.wall_ns() / 1_000_000, _error_of(failure))
             return Execution(_NOTHING, None)
 
         def settle(settled: Settled) -> None:
@@ -179,13 +182,21 @@ class JobScheduler:
             is_due = await self._transactions.write(lambda transaction, now: _claim(transaction, document, now))
             if is_due:
                 outcome: Outcome = await self._runner.run_action(call, None, self._transactions)
-                await self._transactions.write(
-                    lambda transaction, now: self._end(transaction, document.id, now, outcome.failure)
-                )
+                await self._record(document, _error_of(outcome.failure))
                 self._tell(document, outcome.failure)
             self._settled(document, None)
         except (Overloaded, EngineClosed) as error:
             self._settled(document, error)
+
+    async def _record(self, document: ScheduledJob | CronJob, error: str | None) -> None:
+        """Write down how an action ended: it has run, so this is tried until it succeeds."""
+        while True:
+            try:
+                await self._transactions.write(lambda transaction, now: self._end(transaction, document.id, now, error))
+            except Overloaded:
+                await self._clock.sleep(_RETRY_SECONDS)
+            else:
+                return
 
     def _submit(self, document: ScheduledJob | CronJob, work: Callable[[WriteTransaction, float], None]) -> None:
         def execute(transaction: WriteTransaction, tick: int) -> Execution:
@@ -216,24 +227,26 @@ class JobScheduler:
 
     # -- the rows
 
-    def _end(self, transaction: WriteTransaction, document_id: str, now: float, failure: Failure | None) -> None:
+    def _end(self, transaction: WriteTransaction, document_id: str, now: float, error: str | None) -> None:
         document = transaction.get(document_id)
-        error = failure.likeness if failure is not None else None
         if isinstance(document, ScheduledJob):
-            state = "failed" if failure is not None else "succeeded"
+            state = "failed" if error is not None else "succeeded"
             transaction.patch(document_id, {"state": state, "error": error, "finished_at": now})
         elif isinstance(document, CronJob):
             function = self._runner.registry.by_path.get(document.path)
-            next_at = function.cron.next_ms(now) if function is not None and function.cron else now + _KEPT_MS
+            if function is None or function.cron is None:
+                transaction.delete(document_id)
+                return
+            next_at = function.cron.next_ms(now)
             transaction.patch(document_id, {"state": "waiting", "next_at": next_at, "last_error": error})
 
     def _recover(self, transaction: WriteTransaction, now: float) -> None:
         """What ran when the server stopped: an action job has failed, a cron waits for its next time."""
-        for job in self._first(transaction, ScheduledJob, "by_state_due", "running"):
-            changes = {"state": "failed", "error": "the server stopped while it ran", "finished_at": now}
-            transaction.patch(job.id, changes)
-        for cron_job in self._first(transaction, CronJob, "by_state_next", "running"):
-            transaction.patch(cron_job.id, {"state": "waiting"})
+        for document in (
+            *self._first(transaction, ScheduledJob, "by_state_due", "running"),
+            *self._first(transaction, CronJob, "by_state_next", "running"),
+        ):
+            self._end(transaction, document.id, now, "the server stopped while it ran")
 
     def _sweep_later(self) -> None:
         self._sweep_timer = self._clock.call_later(_SWEEP_SECONDS, self._sweep)
@@ -251,11 +264,17 @@ class JobScheduler:
                 old = IndexRange(codec.table.name, index.name, before(prefix), before(prefix + key_prefix([oldest])))
                 for job in transaction.scan(ScheduledJob, index, old, descending=False, limit=_SWEEP_COUNT):
                     transaction.delete(job.id)
+                transaction.end_run()  # limits are for functions
             return Execution(_NOTHING, None)
 
         with contextlib.suppress(Overloaded, EngineClosed):  # the next sweep does it
             self._committer.submit(Submission(execute, lambda settled: None))
         self._sweep_later()
+
+
+def _error_of(failure: Failure | None) -> str | None:
+    """What the row of a job keeps of it: data of an AppError may be larger than a document may be."""
+    return failure.likeness[:_ERROR_LENGTH_MAX] if failure is not None else None
 
 
 def _is_still_due(transaction: WriteTransaction, document: ScheduledJob | CronJob) -> bool:
@@ -291,4 +310,5 @@ def _sync_crons(transaction: WriteTransaction, now: float, wanted: dict[str, Cro
         elif row.spec != spec:
             transaction.patch(row.id, {"spec": spec, "next_at": cron.next_ms(now)})
     for row in found.values():
-        transaction.delete(row.id)
+        if row.state != "running":  # else its end deletes it: were it back before that, two runs could overlap
+            transaction.delete(row.id)

@@ -1,7 +1,7 @@
 """`ctx.scheduler`: putting work into the job table. `scheduler.py` takes it from there."""
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,18 +19,17 @@ if TYPE_CHECKING:
 class _Scheduler:
     def __init__(self, runner: "Runner", run: Run) -> None:
         self._runner, self._run = runner, run
-        self._count, self._size_bytes = 0, 0
 
     def _job(self, function: FunctionReference, arguments: dict[str, Any], due_at: float) -> ScheduledJob:
         self._run.check_open()
         call: Call = self._runner.call_of(function, ("mutation", "action"), arguments)
         encoded = call.function.signature.to_wire_bytes(call.arguments)
-        self._count += 1
-        self._size_bytes += len(encoded)
-        limits = self._run.limits
+        run, limits = self._run, self._run.limits
+        run.schedule_count += 1
+        run.schedule_size_bytes += len(encoded)
         for what, used, allowed, name in (
-            ("jobs scheduled by one run", self._count, limits.schedule_count_max, "schedule_count_max"),
-            ("bytes of arguments scheduled by one run", self._size_bytes, limits.schedule_size_bytes_max,
+            ("jobs scheduled by one run", run.schedule_count, limits.schedule_count_max, "schedule_count_max"),
+            ("bytes of arguments scheduled by one run", run.schedule_size_bytes, limits.schedule_size_bytes_max,
              "schedule_size_bytes_max"),
         ):  # fmt: skip
             if used > allowed:
@@ -54,7 +53,7 @@ class MutationScheduler(_Scheduler):
 
     async def cancel(self, job_id: str) -> None:
         self._run.check_open()
-        cancel_job(self._transaction, job_id)
+        cancel_job(self._transaction, job_id, self._now)
 
 
 class ActionScheduler(_Scheduler):
@@ -76,14 +75,17 @@ class ActionScheduler(_Scheduler):
         return await self._transactions.write(lambda transaction, now: transaction.insert(job))
 
     async def cancel(self, job_id: str) -> None:
-        await self._transactions.write(lambda transaction, now: cancel_job(transaction, job_id))
+        self._run.check_open()
+        await self._transactions.write(lambda transaction, now: cancel_job(transaction, job_id, now))
 
 
-def cancel_job(transaction: WriteTransaction, job_id: str) -> None:
+def cancel_job(transaction: WriteTransaction, job_id: str, now: float) -> None:
     """Cancel a job that is still to come."""
-    job = cast("ScheduledJob | None", transaction.get(job_id))
+    job = transaction.get(job_id)
+    if job is not None and not isinstance(job, ScheduledJob):
+        raise FunctionMisuse(f"cancel: {job_id!r} is no id of a job; run_after and run_at give one.")
     if job is not None and job.state == "pending":
-        transaction.patch(job_id, {"state": "cancelled", "finished_at": job.due_at})
+        transaction.patch(job_id, {"state": "cancelled", "finished_at": now})
 
 
 def _delay_ms(delay: float | timedelta) -> float:

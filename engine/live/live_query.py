@@ -66,7 +66,7 @@ class Result:
 
     @property
     def size_bytes(self) -> int:
-        return len(self.value or b"") + len(self.encoded or b"")
+        return 2 * len(self.value or b"")  # `encoded` holds it once more
 
     def looks_like(self, other: "Result") -> bool:
         """Whether a client that has one need not be sent the other."""

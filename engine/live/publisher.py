@@ -307,9 +307,10 @@ class Publisher:
 
     def _begin_round(self) -> None:
         """Run all long queries that wait, unless a round is under way."""
-        if self._round is not None or not self._long_waiting:
+        if self.is_passing or self._round is not None or not self._long_waiting:
             return
-        reader = self._snapshots.lend()
+        ts, now_ms, reader = self.ts, self._now_ms(), self._snapshots.lend(self.ts)
+        assert reader is not None, "the published snapshot is always there"
         self._round_members, self._long_waiting = self._long_waiting, {}
         self._round_writes = WriteSet()
         for live_query in self._round_members:
@@ -318,9 +319,13 @@ class Publisher:
 
         async def run_round() -> None:
             try:
-                await self._run_round(reader, self.ts, self._now_ms())
+                await self._run_round(reader, ts, now_ms)
             except InternalError as error:
                 self._on_fatal(error)
+            except Exception as error:  # noqa: BLE001 - a bug of ours: nobody else would hear of it
+                fatal = InternalError(f"a round of long queries failed: {type(error).__name__}: {error}")
+                fatal.__cause__ = error
+                self._on_fatal(fatal)
             finally:
                 self._snapshots.give_back(reader)
 

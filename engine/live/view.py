@@ -51,6 +51,7 @@ class View:
         self._taken: dict[int, bytes] = {}  # digests: a lagging subscriber must not keep old results alive
         self._waiting: set[LiveQuery] = set()  # long queries without a result at the published timestamp
         self._hold: _Hold | None = None
+        self._kept: dict[int, Result] = {}  # with bytes, of a state too large for the cache that is being taken
         publisher.views.add(self)
 
     def add(self, query_id: int, path: str, arguments: bytes, journal: str | None) -> None:
@@ -66,6 +67,7 @@ class View:
             self._detach(query_id)
             self._unattached.pop(query_id, None)
             self._taken.pop(query_id, None)
+            self._kept.pop(query_id, None)
 
     def set_identity(self, identity: Identity | None) -> None:
         """Ask everything as somebody else; queries that read no difference go on as they are."""
@@ -82,9 +84,10 @@ class View:
             if hold.awaited:
                 return None
             self._hold = None
-            if not self._unattached and not any(result.is_evicted for result in hold.results.values()):
+            if not self._unattached and not self._lack_bytes(hold.results):
                 self._publisher.tell_later(self)  # there may be a newer state already
                 return ViewChange(hold.ts, self._give(hold.results))
+            self._keep(hold.results)
         if self._publisher.is_passing:
             self._publisher.tell_later(self)
             return None
@@ -180,17 +183,36 @@ class View:
         return newest
 
     def _refilled(self) -> dict[int, Result]:
-        """The same with their bytes, one after another: the cache may not have room for all of them at once."""
-        refilled = {}
-        for query_id in list(self._changed):
-            live_query = self._live_queries.get(query_id)  # the run for another one's bytes may have split this one
-            if live_query is None or live_query in self._waiting:
-                continue
-            assert live_query.result is not None, "a settled query has a result"
-            if live_query.result.is_evicted and self._taken.get(query_id) != live_query.result.digest:
-                self._publisher.refill(live_query)
-            refilled[query_id] = live_query.result
-        return refilled
+        """The same with their bytes; what the cache has no room for is kept here until all of it can be given."""
+        results = self._newest()
+        if self._lack_bytes(results):
+            self._keep(results)  # the runs below may evict these
+            for query_id, result in results.items():
+                if self._lacks_bytes(query_id, result):
+                    results[query_id] = self._with_bytes(query_id, result)
+        return results
+
+    def _with_bytes(self, query_id: int, evicted: Result) -> Result:
+        kept = self._kept.get(query_id)
+        if kept is not None and kept.digest == evicted.digest:
+            return kept
+        live_query = self._live_queries.get(query_id)
+        if live_query is None:
+            return evicted  # the run for another one's bytes has split this one: nothing can be given now
+        assert live_query.result is not None, "a settled query has a result"
+        if live_query.result.is_evicted:
+            self._publisher.refill(live_query)
+        self._keep({query_id: live_query.result})
+        return live_query.result
+
+    def _keep(self, results: dict[int, Result]) -> None:
+        self._kept.update({query_id: result for query_id, result in results.items() if not result.is_evicted})
+
+    def _lacks_bytes(self, query_id: int, result: Result) -> bool:
+        return result.is_evicted and self._taken.get(query_id) != result.digest
+
+    def _lack_bytes(self, results: dict[int, Result]) -> bool:
+        return any(self._lacks_bytes(query_id, result) for query_id, result in results.items())
 
     def _give(self, results: dict[int, Result]) -> dict[int, Result]:
         """Of these, what the subscriber does not have yet (invariant 3)."""
@@ -202,4 +224,5 @@ class View:
             live_query = self._live_queries.get(query_id)
             if live_query is not None and live_query.result is result:
                 self._changed.discard(query_id)
+        self._kept.clear()
         return given

@@ -44,6 +44,7 @@ Kind = Literal["query", "mutation", "action"]
 _Body = TypeVar("_Body")
 
 _NO_ARGUMENTS = b"{}"
+_CODE_BY_STATUS = {404: "NotFound", 405: "MethodNotAllowed", 408: "RequestTimeout", 413: "PayloadTooLarge"}
 _RETRYABLE_CODES = frozenset((Overloaded.code, StorageFull.code, EngineClosed.code))
 
 
@@ -226,8 +227,11 @@ class HttpDoor:
     # -- the request -----------------------------------------------------------------------------------------------
 
     async def _body(self, request: web.Request) -> bytes:
-        async with asyncio.timeout(self._limits.http_body_seconds_max):
-            return await request.read()
+        try:
+            async with asyncio.timeout(self._limits.http_body_seconds_max):
+                return await request.read()
+        except TimeoutError as error:
+            raise web.HTTPRequestTimeout(text="The body took too long to arrive.") from error
 
     async def _identity(self, request: web.Request) -> Identity | None:
         verified = await self._verify(request)
@@ -247,10 +251,8 @@ def error_response(error: BaseException) -> web.Response:
     """What a request is told that did not come as far as a function (1)."""
     match error:
         case web.HTTPException():
-            code = {404: "NotFound", 405: "MethodNotAllowed", 413: "PayloadTooLarge"}.get(error.status, "BadRequest")
+            code = _CODE_BY_STATUS.get(error.status, "BadRequest")
             return _error(error.status, code, error.text or error.reason)
-        case TimeoutError():
-            return _error(408, "RequestTimeout", "The body took too long to arrive.")
         case AuthenticationFailed():
             return _error(401, error.code, str(error))
         case Forbidden():

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -130,13 +130,13 @@ def stop_signals() -> Iterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-async def unless_failed(engine: Engine, work: Awaitable[T], exit_code_of: Callable[[InternalError], int]) -> T:
-    """The result of some work; if the engine fails meanwhile, the process ends here and now (3)."""
-    task = asyncio.ensure_future(work)
-    await asyncio.wait((task, engine.failed), return_when=asyncio.FIRST_COMPLETED)
-    if engine.failed.done():
-        error = engine.failed.result()
+def end_on_failure(engine: Engine, exit_code_of: Callable[[InternalError], int]) -> None:
+    """If the engine fails, also while it stops, the process ends here and now (3)."""
+
+    def end(failed: "asyncio.Future[InternalError]") -> None:
+        error = failed.result()
         _log.critical("the process ends: %s", error, exc_info=error)
         logging.shutdown()
         os._exit(exit_code_of(error))
-    return await task
+
+    engine.failed.add_done_callback(end)

@@ -11,7 +11,7 @@ Invariants
      nothing new.
   4. While reading is paused by us the heartbeat rests: a pong could not be seen.
 
-Frames are written straight to the transport: no task, no await, no copy of a payload. Outgoing compression is off:
+Frames are written straight to the transport: no task, no await, no copy of a result. Outgoing compression is off:
 deflate costs some 10 µs per KiB and client, far more than everything else here, and nearly all that the results of
 one query share would be compressed for each of its subscribers anew.
 """
@@ -134,6 +134,7 @@ class _Connection:
         self.is_due = False  # in the door's queue; changed by the door
         self._door, self._request, self._response, self._transport = door, request, response, transport
         self._limits, self._clock = door.limits, door.clock
+        self._is_waiting_for_room = False
         self._has_room = asyncio.Event()  # set when reading may go on
         self._closing: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None  # not None: the session lags
@@ -171,12 +172,12 @@ class _Connection:
         """Bring what the session has to say to the socket."""
         try:
             self.session.flush()
+            self._write()
         except Exception:  # noqa: BLE001 - a door: one broken session harms nobody else
             self._give_up()
-        self._write()
         if self.session.closing is not None and self._closing is None:
             self._closing = asyncio.ensure_future(self._shake_hands())
-        if not self.session.is_reading_paused:
+        if self._is_waiting_for_room and not self.session.is_reading_paused:
             self._has_room.set()
 
     def abort(self) -> None:
@@ -236,10 +237,12 @@ class _Connection:
 
     async def _wait_for_room(self) -> None:
         self._has_room.clear()
+        self._is_waiting_for_room = True
         self._response._cancel_heartbeat()  # 4; aiohttp has no public way to hold it
         try:
             await self._has_room.wait()
         finally:
+            self._is_waiting_for_room = False
             if not self._response.closed:
                 self._response._reset_heartbeat()
 
@@ -250,13 +253,13 @@ class _Connection:
         session = self.session
         pieces: list[bytes] = []
         for frame in session.outbox:
-            pieces.append(_header(_TEXT, len(frame)))
-            pieces.append(frame)
+            pieces.append(_header(_TEXT, sum(map(len, frame))))
+            pieces += frame
         session.outbox.clear()
         if session.ping_payload is not None:
             pieces += (_header(_PING, len(session.ping_payload)), session.ping_payload)
             session.ping_payload = None
-        if not pieces or self._response.closed or self._transport.is_closing():
+        if not pieces or self._transport.is_closing():
             return
         self._transport.writelines(pieces)
         if self._draining is None:

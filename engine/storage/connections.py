@@ -123,21 +123,25 @@ class WriterConnection(Connection):
 
     # -- transactions
 
+    def stop_waiting(self) -> None:
+        """From now on `begin` fails at once when another program holds the lock: the caller waits off the loop."""
+        self.execute("PRAGMA busy_timeout = 0")
+
     def begin(self) -> None:
         """Open a transaction that may write: nobody else can from here on."""
         self.execute("BEGIN IMMEDIATE")
 
-    def savepoint(self) -> None:
-        """Open a savepoint, within another one perhaps."""
-        self.execute("SAVEPOINT run")
+    def savepoint(self, depth: int = 0) -> None:
+        """Open a savepoint; `depth` counts those around it."""
+        self.execute(f"SAVEPOINT run_{depth:d}")
 
-    def rollback_to(self) -> None:
-        """Undo what was written since the innermost savepoint, which stays open."""
-        self.execute("ROLLBACK TO run")
+    def rollback_to(self, depth: int = 0) -> None:
+        """Undo what was written since the innermost savepoint of this depth, which stays open; those inside it go."""
+        self.execute(f"ROLLBACK TO run_{depth:d}")
 
-    def release(self) -> None:
-        """Close the innermost savepoint; what was written since belongs to the one around it."""
-        self.execute("RELEASE run")
+    def release(self, depth: int = 0) -> None:
+        """Close that savepoint and those inside it; what was written since belongs to the one around it."""
+        self.execute(f"RELEASE run_{depth:d}")
 
     def commit(self) -> None:
         """Make the transaction durable: it is on disk when this returns.

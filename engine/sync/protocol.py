@@ -42,7 +42,7 @@ _CHUNKS_SINCE_NPM = (1, 28, 0)
 _SECOND_LOOK_LENGTH_MAX = 512 << 10
 
 UnsignedInt = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-SessionId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$")]
+SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")]
 
 
 # -- client → server --------------------------------------------------------------------------------------------------
@@ -254,55 +254,60 @@ class Result(Protocol):
     def journal(self) -> str | None: ...
 
 
-PING = b'{"type":"Ping"}'
+# One text message, in pieces that are written one after the other: results are shared pieces, never copied.
+Frame = tuple[bytes, ...]
+
+# What is new of one query: its id, and the fragment (3) that follows it.
+Modification = tuple[int, bytes]
+
+PING: Frame = (b'{"type":"Ping"}',)
+REMOVED = b',"type":"QueryRemoved"}'
 
 _encode = msgspec.json.Encoder().encode
 
 
-def mutation_succeeded(request_id: int, value: bytes, ts: int, log_lines: tuple[str, ...]) -> bytes:
+def mutation_succeeded(request_id: int, value: bytes, ts: int, log_lines: tuple[str, ...]) -> Frame:
     timestamp = encode_timestamp(ts)
-    return _encode(_MutationSucceeded(request_id=request_id, result=Raw(value), ts=timestamp, log_lines=log_lines))
+    return (_encode(_MutationSucceeded(request_id=request_id, result=Raw(value), ts=timestamp, log_lines=log_lines)),)
 
 
-def mutation_failed(request_id: int, failure: Failure, log_lines: tuple[str, ...]) -> bytes:
+def mutation_failed(request_id: int, failure: Failure, log_lines: tuple[str, ...]) -> Frame:
     data = _error_data_of(failure)
-    return _encode(_MutationFailed(request_id=request_id, result=failure.message, error_data=data, log_lines=log_lines))
+    message = _MutationFailed(request_id=request_id, result=failure.message, error_data=data, log_lines=log_lines)
+    return (_encode(message),)
 
 
-def action_succeeded(request_id: int, value: bytes, log_lines: tuple[str, ...]) -> bytes:
-    return _encode(_ActionSucceeded(request_id=request_id, result=Raw(value), log_lines=log_lines))
+def action_succeeded(request_id: int, value: bytes, log_lines: tuple[str, ...]) -> Frame:
+    return (_encode(_ActionSucceeded(request_id=request_id, result=Raw(value), log_lines=log_lines)),)
 
 
-def action_failed(request_id: int, failure: Failure, log_lines: tuple[str, ...]) -> bytes:
+def action_failed(request_id: int, failure: Failure, log_lines: tuple[str, ...]) -> Frame:
     data = _error_data_of(failure)
-    return _encode(_ActionFailed(request_id=request_id, result=failure.message, error_data=data, log_lines=log_lines))
+    message = _ActionFailed(request_id=request_id, result=failure.message, error_data=data, log_lines=log_lines)
+    return (_encode(message),)
 
 
-def auth_error(error: str, base_version: int, *, is_attempt: bool) -> bytes:
+def auth_error(error: str, base_version: int, *, is_attempt: bool) -> Frame:
     """`is_attempt`: an `Authenticate` was refused; else the identity that was current has ended."""
-    return _encode(_AuthError(error=error, base_version=base_version, auth_update_attempted=is_attempt))
+    return (_encode(_AuthError(error=error, base_version=base_version, auth_update_attempted=is_attempt)),)
 
 
-def fatal_error(error: str) -> bytes:
+def fatal_error(error: str) -> Frame:
     """Makes npm clients stop for good: only for what no official client sends."""
-    return _encode(_FatalError(error=error))
+    return (_encode(_FatalError(error=error)),)
 
 
-def updated_or_failed(query_id: int, result: Result) -> bytes:
-    """The modification that brings one query's result; encoded but once for all of its subscribers (3)."""
+def fragment_of(result: Result) -> bytes:
+    """What follows the query id in the modification that brings this result; encoded but once (3)."""
     fragment = result.encoded
     if fragment is None:
         fragment = result.encoded = _encode_result(result)
-    return b'{"queryId":%d' % query_id + fragment
+    return fragment
 
 
-def refused(query_id: int, failure: Failure) -> bytes:
-    """The modification for a query that was refused before it became one."""
-    return b'{"queryId":%d' % query_id + _encode_failed(failure, (), None)
-
-
-def removed(query_id: int) -> bytes:
-    return b'{"queryId":%d,"type":"QueryRemoved"}' % query_id
+def refusal(failure: Failure) -> bytes:
+    """The fragment for a query that was refused before it became one."""
+    return _encode_failed(failure, (), None)
 
 
 def _encode_result(result: Result) -> bytes:
@@ -349,29 +354,30 @@ class Stamp(msgspec.Struct, frozen=True):
 def encode_transition(
     start: StateVersion,
     end: StateVersion,
-    modifications: Sequence[bytes],
+    modifications: Sequence[Modification],
     stamp: Stamp | None,
     *,
     frame_size_bytes_max: int,
     accepts_chunks: bool,
-) -> list[bytes]:
+) -> list[Frame]:
     """The frames of one Transition: one, unless it is too large for this client."""
-    frame = _join_transition(start, end, modifications, stamp)
-    if accepts_chunks:
-        return [frame] if len(frame) <= CHUNKED_TRANSITION_SIZE_BYTES else _cut(frame, end)
-    if len(frame) <= frame_size_bytes_max:
+    frame = _transition(start, end, modifications, stamp)
+    size_bytes = sum(map(len, frame))
+    if size_bytes <= (CHUNKED_TRANSITION_SIZE_BYTES if accepts_chunks else frame_size_bytes_max):
         return [frame]
+    if accepts_chunks:
+        return _cut(b"".join(frame), end)
     groups = _groups_by_size(modifications, frame_size_bytes_max)
     return [
-        *(_join_transition(start, start, group, stamp) for group in groups[:-1]),
-        _join_transition(start, end, groups[-1], stamp),
+        *(_transition(start, start, group, stamp) for group in groups[:-1]),
+        _transition(start, end, groups[-1], stamp),
     ]
 
 
-def _join_transition(
-    start: StateVersion, end: StateVersion, modifications: Sequence[bytes], stamp: Stamp | None
-) -> bytes:
-    head = (
+def _transition(
+    start: StateVersion, end: StateVersion, modifications: Sequence[Modification], stamp: Stamp | None
+) -> Frame:
+    text = (
         b'{"type":"Transition","startVersion":{"querySet":%d,"identity":%d,"ts":"%b"},'
         b'"endVersion":{"querySet":%d,"identity":%d,"ts":"%b"},"modifications":['
         % (
@@ -383,34 +389,44 @@ def _join_transition(
             _encode_timestamp_bytes(end.ts),
         )
     )
-    tail = (
-        b"]}"
-        if stamp is None
-        else b'],"clientClockSkew":%d,"serverTs":%d}' % (stamp.client_clock_skew_ms, stamp.server_ts)
-    )
-    return b"".join((head, b",".join(modifications), tail))
+    pieces: list[bytes] = []
+    for query_id, fragment in modifications:
+        pieces += (b'%b{"queryId":%d' % (text, query_id), fragment)
+        text = b","
+    if not modifications:
+        pieces.append(text)
+    if stamp is None:
+        pieces.append(b"]}")
+    else:
+        pieces.append(b'],"clientClockSkew":%d,"serverTs":%d}' % (stamp.client_clock_skew_ms, stamp.server_ts))
+    return tuple(pieces)
 
 
-def _groups_by_size(modifications: Sequence[bytes], frame_size_bytes_max: int) -> list[list[bytes]]:
+def _groups_by_size(modifications: Sequence[Modification], frame_size_bytes_max: int) -> list[list[Modification]]:
     room = frame_size_bytes_max - 512  # for the versions around the modifications
-    groups: list[list[bytes]] = [[]]
+    groups: list[list[Modification]] = [[]]
     group_size_bytes = 0
     for modification in modifications:
-        group_size_bytes += len(modification) + 1
+        size_bytes = len(modification[1]) + 32  # for the query id before the fragment
+        group_size_bytes += size_bytes
         if group_size_bytes > room and groups[-1]:
             groups.append([])
-            group_size_bytes = len(modification) + 1
+            group_size_bytes = size_bytes
         groups[-1].append(modification)
     return groups
 
 
-def _cut(frame: bytes, end: StateVersion) -> list[bytes]:
+def _cut(frame: bytes, end: StateVersion) -> list[Frame]:
     """The parts of a Transition, cut between characters; nothing but a Ping may come between them."""
     text = frame.decode()
     chunks = [text[start : start + _CHUNK_LENGTH] for start in range(0, len(text), _CHUNK_LENGTH)]
     transition_id = f"{end.ts}-{end.query_set}-{end.identity}"
     return [
-        _encode(_TransitionChunk(transition_id=transition_id, part_number=number, total_parts=len(chunks), chunk=chunk))
+        (
+            _encode(
+                _TransitionChunk(transition_id=transition_id, part_number=number, total_parts=len(chunks), chunk=chunk)
+            ),
+        )
         for number, chunk in enumerate(chunks)
     ]
 

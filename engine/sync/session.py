@@ -53,7 +53,7 @@ from engine.sync.backend import (
     UserToken,
     Verified,
 )
-from engine.sync.protocol import Result, StateVersion
+from engine.sync.protocol import Frame, Modification, Result, StateVersion
 
 _log = logging.getLogger("engine.sync")
 
@@ -116,7 +116,7 @@ class Session:
         wake: Callable[[], None],
         accepts_chunks: bool = False,
     ) -> None:
-        self.outbox: list[bytes] = []  # text frames in order; the door takes and clears
+        self.outbox: list[Frame] = []  # in order; the door takes and clears
         self.ping_payload: bytes | None = None  # a WebSocket ping to send after the outbox; the door takes and clears
         self.closing: Close | None = None
         self.unverified: Credential | None = None  # the door is to have it verified, then to `accept` or `refuse`
@@ -138,7 +138,7 @@ class Session:
 
         self._query_ids: set[int] = set()  # of the client's query set
         self._refused_ids: set[int] = set()  # those of them that are not in the view
-        self._refusals: dict[int, bytes] = {}  # their modifications, not sent yet
+        self._refusals: dict[int, bytes] = {}  # their fragments, not sent yet
         self._removed_ids: set[int] = set()  # not acknowledged yet
 
         self._mutations: deque[_Request] = deque()
@@ -187,7 +187,8 @@ class Session:
         """Put the responses that there are into the outbox, then at most one Transition."""
         if self.closing is not None:
             return  # 5
-        self._put_answers()
+        if self._answers:
+            self._put_answers()
         if self._is_transition_due():
             self._put_transition()
         if self._is_ending and self._running_mutation is None:
@@ -335,7 +336,7 @@ class Session:
             arguments = self._arguments(query, "query")
         except RequestError as error:
             self._refused_ids.add(query.query_id)
-            self._refusals[query.query_id] = protocol.refused(query.query_id, _refusal(error))
+            self._refusals[query.query_id] = protocol.refusal(_refusal(error))
         else:
             self._view.add(query.query_id, query.udf_path, arguments, query.journal)
 
@@ -496,7 +497,7 @@ class Session:
 
     # -- frames -------------------------------------------------------------------------------------------------------
 
-    def _put(self, frame: bytes) -> None:
+    def _put(self, frame: Frame) -> None:
         self.outbox.append(frame)
         self._sent_at = self._clock.monotonic()
 
@@ -583,18 +584,18 @@ class Session:
         if self._failures_held:
             self._put_held_failures()
 
-    def _modifications(self, results: Mapping[int, Result]) -> Sequence[bytes] | None:
+    def _modifications(self, results: Mapping[int, Result]) -> Sequence[Modification] | None:
         """One for each query that has news; None when the engine itself failed in one of them."""
         modifications = []
         for query_id, result in results.items():
             if result.failure is not None and result.failure.code == InternalError.code:
                 return None
-            modifications.append(protocol.updated_or_failed(query_id, result))
+            modifications.append((query_id, protocol.fragment_of(result)))
         if self._refusals:
-            modifications += self._refusals.values()
+            modifications += self._refusals.items()
             self._refusals.clear()
         if self._removed_ids:
-            modifications += map(protocol.removed, sorted(self._removed_ids))
+            modifications += [(query_id, protocol.REMOVED) for query_id in sorted(self._removed_ids)]
             self._removed_ids.clear()
         return modifications
 

@@ -14,9 +14,9 @@ Invariants
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,8 +28,11 @@ from engine.limits import Limits
 from engine.storage.connections import WriterConnection
 from engine.transaction.ledger import Ledger, LedgerKey
 from engine.transaction.transaction import Catalog, TickSource, WriteTransaction
+from engine.transaction.worker import Worker
 from engine.transaction.write_set import WriteSet
 
+_LOCKED_SECONDS_MAX = 5.0  # how long mutations wait for another program (an SQL shell) to let go of the database
+_LOCKED_RETRY_SECONDS = 0.02
 _cpu = cpu_clock()
 
 
@@ -82,13 +85,15 @@ class Committer:
         self._writer, self.catalog, self._ledger = writer, catalog, ledger
         self._limits, self._clock = limits, clock
         self._publish, self._refresh_readers, self._on_fatal = publish, refresh_readers, on_fatal
+        writer.stop_waiting()
         self.published_ts, last_tick = writer.read_meta()
         self._last_ts = self.published_ts  # newest handed out; above `published_ts` while a group is open
         self._ticks = TickSource(clock, last_tick)
         self._queue: deque[Submission] = deque()
         self._is_forgetting = False
+        self._checkpoint_above_bytes = limits.wal_checkpoint_size_bytes
         self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine-commit")
+        self._worker = Worker("engine-commit")
         self._is_closing = False
         self._between_groups = asyncio.Lock()
 
@@ -128,7 +133,7 @@ class Committer:
             self._is_closing = True
             self._on_fatal(error if isinstance(error, InternalError) else _bug(error))
         finally:
-            self._thread.shutdown(wait=True)
+            self._worker.close()
 
     @property
     def is_idle(self) -> bool:
@@ -146,11 +151,16 @@ class Committer:
                 "another process wrote to this database while it was being served. "
                 "Stop that process: one engine is the only writer of its file."
             )
+        if not await self._begin():
+            return
         group = self._run_group()
-        if len(group.write_set):
+        # not by the writes: what one mutation made and the next one deleted was acknowledged all the same
+        if group.ts > self.published_ts:
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.commit)
-            except StorageFull as error:  # rolled back: nothing of the group happened
+                self._close_group()
+                await self._worker.run(self._writer.commit)
+            except StorageFull as error:  # nothing of the group happened
+                self._writer.rollback()
                 group = Group(
                     self.published_ts,
                     [(submission, Settled(self.published_ts, error=error)) for submission, _ in group.settled],
@@ -161,15 +171,35 @@ class Committer:
         assert group.ts >= self.published_ts, "invariant 3: timestamps grow"
         self.published_ts = group.ts
         await self._publish(group)
-        if self._writer.wal_size_bytes() > self._limits.wal_checkpoint_size_bytes:
+        if self._writer.wal_size_bytes() > self._checkpoint_above_bytes:
             await self._checkpoint()
+
+    async def _begin(self) -> bool:
+        """Open the transaction; False when another program kept the database locked: then all that wait fail."""
+        deadline = self._clock.monotonic() + _LOCKED_SECONDS_MAX
+        while True:
+            try:
+                self._writer.begin()
+                return True
+            except Overloaded as error:
+                if self._clock.monotonic() >= deadline:
+                    waiting, self._queue = self._queue, deque()
+                    failed = [(submission, Settled(self.published_ts, error=error)) for submission in waiting]
+                    await self._publish(Group(self.published_ts, failed, WriteSet()))
+                    return False
+            await self._clock.sleep(_LOCKED_RETRY_SECONDS)
+
+    def _close_group(self) -> None:
+        """What goes into the group's transaction besides the mutations."""
+        if self._is_forgetting:
+            self._is_forgetting = not self._ledger.forget(self._writer, self._clock.wall_ns(), self._clock.monotonic())
+        self._writer.write_meta(self._last_ts, self._ticks.last_tick)
 
     def _run_group(self) -> Group:
         """Run mutations that wait, back to back, into one open transaction."""
         settled: list[tuple[Submission, Settled]] = []
         write_set = WriteSet()
         self._last_ts = self.published_ts
-        self._writer.begin()
         end = _cpu() + self._limits.group_commit_ms_max / 1000
         while self._queue and len(settled) < self._limits.group_commit_count_max:
             submission = self._queue.popleft()
@@ -187,11 +217,6 @@ class Committer:
             settled.append((submission, outcome))
             if _cpu() > end:
                 break
-        if len(write_set):
-            if self._is_forgetting:
-                self._is_forgetting = False
-                self._ledger.forget(self._writer, self._clock.wall_ns(), self._clock.monotonic())
-            self._writer.write_meta(self._last_ts, self._ticks.last_tick)
         return Group(self._last_ts, settled, write_set)
 
     def _run_one(self, submission: Submission, group_writes: WriteSet) -> Settled:
@@ -231,8 +256,11 @@ class Committer:
         A reader that is pinned on frames of the WAL keeps it from starting anew (sqlite.org/wal.html), so the readers
         move before, to the newest commit, and after, off the WAL.
         """
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.checkpoint)
+        with contextlib.suppress(StorageFull):  # it stays in the WAL for now
+            await self._worker.run(self._writer.checkpoint)
         self._refresh_readers()
+        # what a pinned reader holds back is not tried again with every group
+        self._checkpoint_above_bytes = self._writer.wal_size_bytes() + self._limits.wal_checkpoint_size_bytes
 
 
 def _bug(error: Exception) -> InternalError:

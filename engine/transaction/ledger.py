@@ -24,6 +24,7 @@ CREATE TABLE IF NOT EXISTS _engine_ledger (
     PRIMARY KEY (session_id, request_id)
 ) STRICT, WITHOUT ROWID"""
 
+_SWEEP_COUNT = 500  # rows looked at in one group: a search through all of them would hold the loop
 _NS_PER_DAY = 86_400 * 1_000_000_000
 
 
@@ -65,6 +66,7 @@ class Ledger:
 
     def __init__(self, limits: Limits, row_count: int) -> None:
         self._limits = limits
+        self._swept_up_to = ("", -1)  # where the search for old rows goes on
         self._seen: dict[str, _Seen] = {}  # by session id; one entry each, however much it writes
         self._row_count = row_count  # exact at start; a group that is rolled back leaves it a little too high
 
@@ -112,8 +114,8 @@ class Ledger:
         else:
             earlier.newest_request_id = request_id
 
-    def forget(self, connection: Connection, now_ns: int, now_seconds: float) -> None:
-        """Drop what invariant 3 lets go, in the transaction that is open."""
+    def forget(self, connection: Connection, now_ns: int, now_seconds: float) -> bool:
+        """Drop some of what invariant 3 lets go, in the transaction that is open; whether that was all of it."""
         for session_id, seen in list(self._seen.items()):
             if now_seconds - seen.since_seconds < self._limits.ledger_seconds_after_seen:
                 continue
@@ -126,8 +128,22 @@ class Ledger:
                 del self._seen[session_id]
             else:
                 self._seen[session_id] = _Seen(seen.newest_request_id, now_seconds, seen.newest_request_id)
+        rows = connection.fetch_all(
+            "SELECT session_id, request_id, ts FROM _engine_ledger "
+            "WHERE (session_id, request_id) > (?, ?) ORDER BY session_id, request_id LIMIT ?",
+            (*self._swept_up_to, _SWEEP_COUNT),
+        )
         oldest_ts = now_ns - self._limits.ledger_days * _NS_PER_DAY
-        self._delete(connection, "DELETE FROM _engine_ledger WHERE ts < ?", (oldest_ts,))
+        for session_id, request_id, ts in rows:
+            if ts < oldest_ts:
+                self._delete(
+                    connection,
+                    "DELETE FROM _engine_ledger WHERE session_id = ? AND request_id = ?",
+                    (session_id, request_id),
+                )
+        is_done = len(rows) < _SWEEP_COUNT
+        self._swept_up_to = ("", -1) if is_done else (rows[-1][0], rows[-1][1])
+        return is_done
 
     def _delete(self, connection: Connection, sql: str, parameters: tuple[str | int, ...]) -> None:
         self._row_count -= connection.execute(sql, parameters).rowcount

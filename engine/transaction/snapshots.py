@@ -6,6 +6,7 @@ Invariants
 """
 
 from engine.clock import Clock
+from engine.errors import Overloaded
 from engine.limits import Limits
 from engine.storage.connections import Database, SnapshotReader
 
@@ -19,7 +20,8 @@ class Snapshots:
         self.ts = self.reader.pin()
         self._lent_count: dict[SnapshotReader, int] = {}
         self._idle: list[SnapshotReader] = []
-        self._retained: dict[int, tuple[SnapshotReader, float]] = {}  # by ts; and since when
+        self._retained: dict[int, tuple[SnapshotReader, float]] = {}  # by ts; and when it was last asked for
+        self._made_at: dict[int, float] = {}  # by ts, of those
 
     def advance(self) -> int:
         """Show the newest commit from now on; its timestamp. Only between two commits (invariant 1)."""
@@ -31,10 +33,19 @@ class Snapshots:
         self._drop_old()
         return self.ts
 
-    def lend(self) -> SnapshotReader:
-        """The published snapshot, for work that outlives the next commit. Give it back with `give_back`."""
-        self._lent_count[self.reader] = self._lent_count.get(self.reader, 0) + 1
-        return self.reader
+    def lend(self, ts: int) -> SnapshotReader | None:
+        """The published or a retained snapshot, for work that outlives the next commit; None when it is gone.
+
+        Give it back with `give_back`.
+        """
+        if ts == self.ts:
+            reader = self.reader
+        elif ts in self._retained:
+            reader, _ = self._retained[ts]
+        else:
+            return None
+        self._lent_count[reader] = self._lent_count.get(reader, 0) + 1
+        return reader
 
     def give_back(self, reader: SnapshotReader) -> None:
         self._lent_count[reader] -= 1
@@ -47,35 +58,47 @@ class Snapshots:
     def retain(self) -> int:
         """Keep the published snapshot readable for `snapshot_retained_seconds`; its timestamp.
 
-        A pinned snapshot makes the WAL grow, so few are kept: when there are as many as fit, the newest kept one that
-        is younger than `snapshot_retained_interval_seconds` serves again.
+        A pinned snapshot makes the WAL grow, so few are kept: when there are as many as fit, the newest one that is
+        younger than `snapshot_retained_interval_seconds` serves again. Raises Overloaded when the WAL is at its bound.
         """
-        if self.ts in self._retained:
-            return self.ts
         now = self._clock.monotonic()
-        count_max = self._limits.snapshot_retained_seconds // self._limits.snapshot_retained_interval_seconds
-        if len(self._retained) >= count_max:
-            newest_ts = max(self._retained)
-            if now - self._retained[newest_ts][1] < self._limits.snapshot_retained_interval_seconds:
-                return newest_ts
-            self._release(min(self._retained))
-        self._retained[self.ts] = (self.lend(), now)
-        return self.ts
-
-    def at(self, ts: int) -> SnapshotReader | None:
-        """The reader of the published or a retained snapshot, or None when it is gone."""
-        if ts == self.ts:
-            return self.reader
         self._drop_old()
-        kept = self._retained.get(ts)
-        return kept[0] if kept is not None else None
+        ts = self.ts
+        if ts not in self._retained:
+            self._check_wal()
+            interval_seconds = self._limits.snapshot_retained_interval_seconds
+            if len(self._retained) >= max(1, self._limits.snapshot_retained_seconds // interval_seconds):
+                newest_ts = max(self._retained)
+                if now - self._made_at[newest_ts] < interval_seconds:
+                    ts = newest_ts
+                else:
+                    self._release(min(self._retained))
+        if ts in self._retained:
+            self._retained[ts] = (self._retained[ts][0], now)
+            return ts
+        reader = self.lend(ts)
+        assert reader is not None, "the published snapshot is always there"
+        self._retained[ts], self._made_at[ts] = (reader, now), now
+        return ts
+
+    def _check_wal(self) -> None:
+        size = self._database.writer.wal_size_bytes()
+        if size > self._limits.wal_size_bytes_max:
+            raise Overloaded(
+                f"the write-ahead log has {size:,} bytes, {self._limits.wal_size_bytes_max:,} allowed while snapshots "
+                "are kept. Query without a timestamp, try again later, or raise limits.wal_size_bytes_max."
+            )
 
     def _drop_old(self) -> None:
-        if self._retained:
-            oldest = self._clock.monotonic() - self._limits.snapshot_retained_seconds
-            for ts in [ts for ts, (_, since) in self._retained.items() if since < oldest]:
-                self._release(ts)
+        """Let go of snapshots that were not asked for lately; of all when the WAL is at its bound."""
+        if not self._retained:
+            return
+        oldest = self._clock.monotonic() - self._limits.snapshot_retained_seconds
+        is_full = self._database.writer.wal_size_bytes() > self._limits.wal_size_bytes_max
+        for ts in [ts for ts, (_, asked_at) in self._retained.items() if is_full or asked_at < oldest]:
+            self._release(ts)
 
     def _release(self, ts: int) -> None:
         reader, _ = self._retained.pop(ts)
+        del self._made_at[ts]
         self.give_back(reader)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from engine.clock import Clock
-from engine.errors import DocumentNotFound, InvalidDocument, LimitExceeded
+from engine.errors import DocumentNotFound, InvalidDocument, LimitExceeded, StorageFull
 from engine.ids import TAG_LENGTH, TICKS_PER_MS, creation_time_of, is_id, make_id
 from engine.limits import Limits
 from engine.ranges import IndexRange
@@ -39,6 +39,9 @@ class TickSource:
         wall_tick = self._clock.wall_ns() * TICKS_PER_MS // 1_000_000
         self.last_tick = max(self.last_tick + 1, wall_tick)
         return self.last_tick
+
+
+_UNBOUNDED = 1 << 60
 
 
 def no_deadline() -> None:
@@ -71,6 +74,13 @@ class Catalog:
         return codec
 
 
+class Savepoint(msgspec.Struct, frozen=True):
+    """What a nested mutation goes back to when it fails."""
+
+    depth: int
+    write_set: WriteSet
+
+
 class ReadTransaction:
     """What one run reads; for a query also what it depends on."""
 
@@ -89,6 +99,16 @@ class ReadTransaction:
         self.read_set = ReadSet(limits.read_range_count_max)
         self.read_count = 0  # documents, also those that a filter then drops
         self.read_size_bytes = 0
+        self.write_count = 0  # stays so, unless this is a WriteTransaction
+
+    def lift_read_limits(self) -> None:
+        """The engine itself reads: limits are for functions."""
+        self.read_count = self.read_size_bytes = -_UNBOUNDED
+
+    def end_run(self) -> None:
+        """The function has returned: what the engine itself still does here is not bounded by the run's limits."""
+        self.check_deadline = no_deadline
+        self.read_count = self.read_size_bytes = 0
 
     def get(self, document_id: str) -> Table | None:
         """The document, or None; either way the run depends on that one row."""
@@ -133,6 +153,7 @@ class ReadTransaction:
         self.check_deadline()
         row = codec.get(self._connection, document_id)
         if row is None:
+            self._spend_documents(1)  # a look-up is one too
             return None
         self._spend(codec, [row])
         document: Table = codec.decode(row)
@@ -177,8 +198,12 @@ class WriteTransaction(ReadTransaction):
         self._writer = writer
         self._ticks, self._clock = ticks, clock
         self.write_set = WriteSet()
-        self.write_count = 0
         self.write_size_bytes = 0
+        self._depth = 0  # savepoints that are open inside the committer's
+
+    def end_run(self) -> None:
+        super().end_run()
+        self.write_count = self.write_size_bytes = 0
 
     def insert(self, document: Table) -> str:
         """Store a new document and give its id; whatever id and creation time it carries are replaced."""
@@ -222,21 +247,27 @@ class WriteTransaction(ReadTransaction):
         """False once SQLite has undone the whole transaction by itself, after a storage error."""
         return self._writer.in_transaction
 
-    def begin_nested(self) -> WriteSet:
-        """Open a savepoint for a nested mutation; the result is for `undo_nested`."""
-        self._writer.savepoint()
-        return self.write_set.copy()
+    def begin_nested(self) -> "Savepoint":
+        """Open a savepoint for a nested mutation; the result is for `end_nested` or `undo_nested`."""
+        self._depth += 1
+        self._writer.savepoint(self._depth)
+        return Savepoint(self._depth, self.write_set.copy())
 
-    def end_nested(self) -> None:
+    def end_nested(self, savepoint: "Savepoint") -> None:
         """Keep what was written since `begin_nested`."""
-        self._writer.release()
+        self._writer.release(savepoint.depth)
+        self._depth = savepoint.depth - 1
 
-    def undo_nested(self, saved: WriteSet) -> None:
-        """Undo what was written since `begin_nested`; when storage has undone everything, there is nothing left to."""
-        self.write_set = saved
+    def undo_nested(self, savepoint: "Savepoint") -> None:
+        """Undo what was written since `begin_nested`, also in savepoints inside it that a stopped run left open.
+
+        When storage has undone everything, there is nothing left to.
+        """
+        self.write_set = savepoint.write_set
         if self._writer.in_transaction:
-            self._writer.rollback_to()
-            self._writer.release()
+            self._writer.rollback_to(savepoint.depth)
+            self._writer.release(savepoint.depth)
+        self._depth = savepoint.depth - 1
 
     def _existing(self, document_id: str, operation: str) -> tuple[RowCodec[Any], Table]:
         codec = self.catalog.of_id(document_id)
@@ -267,6 +298,8 @@ class WriteTransaction(ReadTransaction):
         return row
 
     def _spend_write(self, size_bytes: int) -> None:
+        if not self._writer.in_transaction:  # a write now would be on its own, and durable at once
+            raise StorageFull("storage has undone this mutation; nothing more can be written in it. Try again.")
         self.write_count += 1
         self.write_size_bytes += size_bytes
         for what, used, allowed, name in (

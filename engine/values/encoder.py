@@ -76,7 +76,7 @@ def compile_encoder(annotation: Any, *, limits: Limits, where: str = "") -> Enco
                 "Size of the result in bytes",
                 used=len(payload),
                 allowed=size_bytes_max,
-                remedy="Return less, or paginate.",
+                remedy="Return less (paginate), or raise limits.result_size_bytes_max.",
             )
         return payload
 
