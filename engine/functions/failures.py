@@ -51,7 +51,7 @@ class Failures:
         match error:
             case AppError():
                 try:
-                    data = encode_value(error.data, self._limits)
+                    data = self._data_of(error)
                 except (InvalidResult, LimitExceeded) as cause:
                     return self.of(cause, path)
                 return self._failure(error, request_id, f"Uncaught AppError: {data.decode()}", data)
@@ -79,6 +79,13 @@ class Failures:
                 failed = FunctionFailed(f"{path} raised {traceback.format_exception_only(error)[-1].rstrip()}")
                 failed.__cause__ = error
                 return self._failure(failed, request_id, _trace_of(error), None)
+
+    def _data_of(self, error: AppError) -> bytes:
+        data, allowed = encode_value(error.data, self._limits), self._limits.result_size_bytes_max
+        if len(data) > allowed:
+            remedy = "Tell the client less, or raise limits.result_size_bytes_max."
+            raise LimitExceeded("data of an AppError in bytes", used=len(data), allowed=allowed, remedy=remedy)
+        return data
 
     def _failure(
         self, error: EngineError, request_id: str, text: str, data: bytes | None, *, is_public: bool = False

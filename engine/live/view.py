@@ -222,7 +222,8 @@ class View:
                 self._taken[query_id] = result.digest
                 given[query_id] = result
             live_query = self._live_queries.get(query_id)
-            if live_query is not None and live_query.result is result:
+            newest = live_query.result if live_query is not None else None
+            if newest is not None and (newest is result or newest.digest == result.digest):
                 self._changed.discard(query_id)
         self._kept.clear()
         return given

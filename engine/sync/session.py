@@ -61,6 +61,7 @@ _log = logging.getLogger("engine.sync")
 # confirmed only if no query set comes along within this time.
 _QUERY_SET_WAIT_SECONDS = 0.25
 _EXPIRY_CHECK_SECONDS_MAX = 3_600  # the wall clock may be set meanwhile
+_TIMER_SECONDS_MIN = 0.001  # nearer times are now: the difference of two floats may come out a little short
 _CLOCK_SKEW_MS_MAX = 2**53  # past it a client's clock says nothing
 _REQUEST_ID_LENGTH_MAX = 10  # digits of a u32
 
@@ -187,7 +188,7 @@ class Session:
         """Put the responses that there are into the outbox, then at most one Transition."""
         if self.closing is not None:
             return  # 5
-        if self._answers:
+        if self._answers and not self._is_lagging:
             self._put_answers()
         if self._is_transition_due():
             self._put_transition()
@@ -197,7 +198,7 @@ class Session:
     @property
     def is_reading_paused(self) -> bool:
         """Whether the door is to leave further messages in the socket for now."""
-        waiting_count = len(self._mutations) + len(self._actions)
+        waiting_count = len(self._mutations) + len(self._actions) + len(self._answers) + len(self._failures_held)
         return self.unverified is not None or waiting_count >= self._limits.mutation_queue_count_max
 
     def accept(self, verified: Verified) -> None:
@@ -432,7 +433,7 @@ class Session:
 
     def _check_expiry(self, expires_at_ms: float) -> None:
         rest_seconds = expires_at_ms / 1000 - self._clock.wall_ns() / 1e9
-        if rest_seconds > 0:
+        if rest_seconds >= _TIMER_SECONDS_MIN:
             delay_seconds = min(rest_seconds, _EXPIRY_CHECK_SECONDS_MAX)
             self._expiry = self._clock.call_later(delay_seconds, partial(self._check_expiry, expires_at_ms))
         elif self.unverified is None:  # else a newer token is on its way in
@@ -618,17 +619,18 @@ class Session:
         if self.session_id is None and now - self._opened_at >= self._limits.connect_wait_seconds_max:
             self.close(protocol.CLOSE_NORMAL, "")
             return
-        silent_seconds, interval_seconds = now - self._sent_at, self._limits.ping_interval_seconds
+        interval_seconds = self._limits.ping_interval_seconds
+        rest_seconds = self._sent_at + interval_seconds - now
+        is_silent = rest_seconds < _TIMER_SECONDS_MIN
         if not self._is_lagging:  # else it has bytes of ours on their way
-            if silent_seconds >= interval_seconds:
+            if is_silent:
                 self._put(protocol.PING)
             answered_up_to = self._fully_answered_up_to()
             if answered_up_to > self._confirming_up_to:
                 self._confirming_up_to = answered_up_to
                 self.ping_payload = b"%d" % answered_up_to
             self._wake()
-        delay_seconds = interval_seconds - silent_seconds
-        self._timer = self._clock.call_later(delay_seconds if delay_seconds > 0 else interval_seconds, self._tick)
+        self._timer = self._clock.call_later(interval_seconds if is_silent else rest_seconds, self._tick)
 
     def _fully_answered_up_to(self) -> int:
         """The newest mutation before which none waits."""

@@ -70,13 +70,14 @@ from types import SimpleNamespace
 from engine.cli import exit_code_of
 from engine.errors import CommitUnknown
 from engine.observe.log import set_up_logging
-from engine.server.process import unless_failed
+from engine.server.process import end_on_failure
 
 async def main():
     engine = SimpleNamespace(failed=asyncio.get_running_loop().create_future())
     asyncio.get_running_loop().call_soon(engine.failed.set_result, CommitUnknown("fsync failed"))
     try:
-        await unless_failed(engine, asyncio.Event().wait(), exit_code_of)
+        end_on_failure(engine, exit_code_of)
+        await asyncio.Event().wait()
     finally:
         print("closed in good order")
 

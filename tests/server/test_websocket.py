@@ -156,36 +156,47 @@ async def test_a_message_of_32_mib_is_taken(server: Served) -> None:
 # -- back-pressure -----------------------------------------------------------------------------------------------------
 
 
-class StuckClient:
-    """A client that stops reading, on a raw socket with a small receive buffer."""
+class RawClient:
+    """A client that writes frames byte by byte and reads when the test says so, with a small receive buffer."""
 
     def __init__(self, address: str) -> None:
         host, port = address.removeprefix("http://").split(":")
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         raw.connect((host, int(port)))
         raw.setblocking(False)
         self.raw, self.host = raw, host
 
     async def open(self) -> None:
-        loop = asyncio.get_running_loop()
         handshake = (
             f"GET /api/sync HTTP/1.1\r\nHost: {self.host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
         )
-        await loop.sock_sendall(self.raw, handshake.encode())
-        assert b"101" in await loop.sock_recv(self.raw, 4_096)
+        await asyncio.get_running_loop().sock_sendall(self.raw, handshake.encode())
+        assert b"101" in await self.receive()
+
+    async def send(self, first_byte: int, payload: bytes) -> None:
+        """One frame, masked with zeros."""
+        size = len(payload)
+        length = bytes((0x80 | size,)) if size < 126 else bytes((0x80 | 126,)) + size.to_bytes(2)
+        frame = bytes((first_byte,)) + length + bytes(4) + payload
+        await asyncio.get_running_loop().sock_sendall(self.raw, frame)
 
     async def say(self, message: dict[str, Any]) -> None:
-        payload = json.dumps(message).encode()
-        assert 126 <= len(payload) < 65_536
-        header = bytes((0x81, 0x80 | 126)) + len(payload).to_bytes(2) + bytes(4)  # masked with zeros
-        await asyncio.get_running_loop().sock_sendall(self.raw, header + payload)
+        await self.send(0x81, json.dumps(message).encode())
+
+    async def receive(self) -> bytes:
+        async with asyncio.timeout(10):
+            return await asyncio.get_running_loop().sock_recv(self.raw, 1 << 20)
+
+    def close(self) -> None:
+        self.raw.close()
 
 
-async def stuck_subscriber(engine: FakeEngine, server: Served) -> StuckClient:
+async def stuck_subscriber(engine: FakeEngine, server: Served) -> RawClient:
     """A subscriber that read the handshake only, with results of 200 kB committed until the server holds them back."""
-    stuck = StuckClient(server.address)
+    stuck = RawClient(server.address)
     await stuck.open()
     await stuck.say(connect())
     await stuck.say(query_set(0, add(0, "chat:list"), add(1, "chat:list")))
@@ -211,13 +222,12 @@ async def test_a_client_that_does_not_read_is_skipped_then_gets_the_newest_state
         engine.backend.commit(**{"chat:list": f"late {number}"})
         await asyncio.sleep(0)
     assert view.taken_count == taken_count, "nothing is made for a client that is behind"
-    loop, received = asyncio.get_running_loop(), b""
-    async with asyncio.timeout(10):
-        while b"late" not in received:
-            received = received[-100:] + await loop.sock_recv(stuck.raw, 1 << 20)
+    received = b""
+    while b"late" not in received:
+        received = received[-100:] + await stuck.receive()
     assert b"late 49" in received
     assert view.taken_count == taken_count + 1
-    stuck.raw.close()
+    stuck.close()
 
 
 async def test_a_client_that_never_reads_again_is_dropped(engine: FakeEngine, server: Served) -> None:
@@ -228,7 +238,7 @@ async def test_a_client_that_never_reads_again_is_dropped(engine: FakeEngine, se
     assert not engine.backend.views[0].is_closed
     engine.clock.advance(2)
     await until(lambda: engine.backend.views[0].is_closed)
-    stuck.raw.close()
+    stuck.close()
 
 
 async def test_a_full_queue_of_mutations_stops_reading_until_there_is_room() -> None:
@@ -246,6 +256,69 @@ async def test_a_full_queue_of_mutations_stops_reading_until_there_is_room() -> 
                 message = await sync.hear()
             answered.append(message["requestId"])
         assert answered == list(range(20))
+
+
+# -- frames that no browser sends --------------------------------------------------------------------------------------
+
+TEXT, CONTINUATION, CLOSE, PING, FINAL = 0x1, 0x0, 0x8, 0x9, 0x80
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        ([(FINAL | TEXT, b"\xff\xfe")], 1007),
+        ([(FINAL | CONTINUATION, b"x")], 1002),
+        ([(TEXT, b"x"), (FINAL | TEXT, b"x")], 1002),
+        ([(FINAL | 0x40 | TEXT, b"x")], 1002),
+        ([(FINAL | 0x3, b"x")], 1002),
+        ([(FINAL | 0xB, b"x")], 1002),
+        ([(PING, b"x")], 1002),
+        ([(FINAL | PING, b"x" * 126)], 1002),
+        ([(FINAL | CLOSE, b"x")], 1002),
+        ([(FINAL | CLOSE, (1005).to_bytes(2))], 1002),
+        ([(FINAL | CLOSE, (1000).to_bytes(2))], 1000),
+        ([(FINAL | 0x2, b"x")], 1003),
+    ],
+)
+async def test_frames_that_break_the_rules_are_answered_with_a_close(
+    server: Served, frames: list[tuple[int, bytes]], code: int
+) -> None:
+    raw = RawClient(server.address)
+    await raw.open()
+    for first_byte, payload in frames:
+        await raw.send(first_byte, payload)
+    answer = await raw.receive()
+    assert (answer[0], int.from_bytes(answer[2:4])) == (FINAL | CLOSE, code)
+    raw.close()
+
+
+async def test_a_message_may_come_in_pieces_with_pings_between(server: Served) -> None:
+    raw = RawClient(server.address)
+    await raw.open()
+    text = json.dumps(connect()).encode()
+    await raw.send(TEXT, text[:20])
+    await raw.send(FINAL | PING, b"")
+    assert await raw.receive() == bytes((0x8A, 0))
+    await raw.send(CONTINUATION, text[20:40])
+    await raw.send(FINAL | CONTINUATION, text[40:])
+    await raw.say(query_set(0))
+    assert b'"Transition"' in await raw.receive()
+    raw.close()
+
+
+async def test_nothing_is_left_behind_by_clients_that_vanish(engine: FakeEngine, server: Served) -> None:
+    task_count = len(asyncio.all_tasks())
+    clients = [RawClient(server.address) for _ in range(30)]
+    for number, raw in enumerate(clients):
+        await raw.open()
+        if number % 3:
+            await raw.say(connect())
+            await raw.say(query_set(0, add(0, "chat:list")))
+            assert b'"Transition"' in await raw.receive()
+        raw.close()
+    await until(lambda: len(engine.backend.views) == 30 and all(view.is_closed for view in engine.backend.views))
+    await until(lambda: len(asyncio.all_tasks()) == task_count)
+    assert engine.clock.seconds_to_next_timer is None
 
 
 # -- bounds and the end ------------------------------------------------------------------------------------------------

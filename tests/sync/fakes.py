@@ -225,7 +225,7 @@ class FakeClient:
             self.session.flush()
             frames, self.session.outbox = self.session.outbox, []
             for frame in frames:
-                heard.append(json.loads(frame))
+                heard.append(json.loads(b"".join(frame)))
                 self._check(heard[-1])
             if not frames and not self.wake_count:
                 return heard

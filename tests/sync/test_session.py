@@ -1,4 +1,4 @@
-"""The session, driven by messages: no socket, no time of its own. Numbers in names' order follow the checklist."""
+"""The session, driven by messages: no socket, no time of its own."""
 
 import json
 from typing import Any
@@ -459,7 +459,7 @@ def test_a_refused_credential_is_told_and_closes(backend: FakeBackend) -> None:
     client.say(authenticate(0, None))
     client.say(authenticate(1), mutation(0))
     client.session.refuse(AuthenticationFailed("The signature is wrong."))
-    frames = [json.loads(frame) for frame in client.session.outbox]
+    frames = [json.loads(b"".join(frame)) for frame in client.session.outbox]
     assert frames == [
         {"type": "AuthError", "error": "The signature is wrong.", "baseVersion": 1, "authUpdateAttempted": True}
     ]
@@ -477,7 +477,7 @@ def test_an_expired_identity_is_told_and_closes(backend: FakeBackend) -> None:
     client.clock.advance(7_199)
     assert client.session.closing is None
     client.clock.advance(2)
-    error = json.loads(client.session.outbox[-1])
+    error = json.loads(b"".join(client.session.outbox[-1]))
     assert (error["type"], error["authUpdateAttempted"], error["baseVersion"]) == ("AuthError", False, 1)
     assert client.session.closing is not None
 
@@ -596,7 +596,7 @@ def test_a_flood_of_refused_subscriptions_ends_the_connection(backend: FakeBacke
 def test_what_no_official_client_sends_is_fatal(client: FakeClient, text: str) -> None:
     client.say(connect())
     client.session.receive(text)
-    frames = [json.loads(frame) for frame in client.session.outbox]
+    frames = [json.loads(b"".join(frame)) for frame in client.session.outbox]
     assert types(frames) == ["FatalError"]
     assert client.session.closing is not None
 
@@ -604,13 +604,13 @@ def test_what_no_official_client_sends_is_fatal(client: FakeClient, text: str) -
 @pytest.mark.parametrize("first", [query_set(0), mutation(0), authenticate(0), {"type": "Event", "eventType": "x"}])
 def test_the_first_message_is_connect(client: FakeClient, first: dict[str, Any]) -> None:
     client.session.receive(json.dumps(first))
-    assert json.loads(client.session.outbox[0])["type"] == "FatalError"
+    assert json.loads(b"".join(client.session.outbox[0]))["type"] == "FatalError"
 
 
 def test_a_second_connect_is_fatal(client: FakeClient) -> None:
     client.session.receive(json.dumps(connect()))
     client.session.receive(json.dumps(connect()))
-    assert json.loads(client.session.outbox[0])["type"] == "FatalError"
+    assert json.loads(b"".join(client.session.outbox[0]))["type"] == "FatalError"
 
 
 @pytest.mark.parametrize("message", [query_set(1), query_set(0, to=0), query_set(0, add(0, "a:b"), add(0, "a:b"))])
@@ -647,17 +647,17 @@ def test_a_lagging_client_is_skipped_and_then_gets_the_newest_state_once(backend
     assert client.state == {0: [4]}
 
 
-def test_a_lagging_client_starts_no_request_but_gets_answers(backend: FakeBackend) -> None:
+def test_a_lagging_client_starts_no_request_and_gets_its_answers_when_it_has_caught_up(backend: FakeBackend) -> None:
     client = subscribed(backend)
     client.say(mutation(0, "a:a"))
     client.session.set_lagging(True)
     client.say(mutation(1, "b:b"), action(2, "c:c"))
     assert backend.started == ["a:a"]
     backend.commit(backend.mutations[0])
-    assert types(client.hear()) == ["MutationResponse"]
+    assert client.hear() == []
     client.session.set_lagging(False)
     assert backend.started == ["a:a", "b:b", "c:c"]
-    assert types(client.hear()) == ["Transition"]
+    assert types(client.hear()) == ["MutationResponse", "Transition"]
 
 
 def test_reading_pauses_while_too_many_requests_wait(backend: FakeBackend) -> None:
@@ -667,6 +667,19 @@ def test_reading_pauses_while_too_many_requests_wait(backend: FakeBackend) -> No
     client.say(mutation(2))
     assert client.session.is_reading_paused
     backend.commit(backend.mutations[0])
+    client.hear()
+    assert not client.session.is_reading_paused
+
+
+def test_requests_that_are_refused_at_once_pause_reading_too_while_nobody_reads_the_answers(
+    backend: FakeBackend,
+) -> None:
+    client = subscribed(backend, limits=Limits(mutation_queue_count_max=2))
+    client.session.set_lagging(True)
+    client.say({**mutation(0), "args": []}, {**mutation(1), "args": []})
+    assert client.session.is_reading_paused
+    client.session.set_lagging(False)
+    assert types(client.hear())[:2] == ["MutationResponse", "MutationResponse"]
     assert not client.session.is_reading_paused
 
 
@@ -681,6 +694,7 @@ def test_a_large_transition_is_spread_over_several_for_clients_that_know_no_chun
     assert len(client.state) == 5
 
 
+@pytest.mark.slow
 def test_a_large_transition_comes_in_parts_for_clients_that_know_them(backend: FakeBackend) -> None:
     backend.show("chat:list", 'é"\n' * 1_500_000)
     client = FakeClient(backend, accepts_chunks=True)
@@ -712,6 +726,16 @@ def test_whatever_is_sent_puts_the_ping_off(backend: FakeBackend) -> None:
     client.clock.advance(10)
     assert client.hear() == []
     client.clock.advance(5)
+    assert client.hear() == [{"type": "Ping"}]
+
+
+def test_pings_keep_their_pace_when_times_are_no_whole_seconds(backend: FakeBackend) -> None:
+    client = subscribed(backend)
+    for number in range(200):
+        client.clock.advance(0.1)
+        if number < 50:
+            backend.commit(**{"chat:list": [number]})
+            assert types(client.hear()) == ["Transition"]
     assert client.hear() == [{"type": "Ping"}]
 
 
@@ -759,7 +783,10 @@ def test_a_server_that_stops_answers_the_mutation_that_runs_and_starts_no_other(
     assert client.session.closing is None
     backend.commit(backend.mutations[0])
     client.session.flush()
-    assert [json.loads(frame)["type"] for frame in client.session.outbox] == ["MutationResponse", "Transition"]
+    assert [json.loads(b"".join(frame))["type"] for frame in client.session.outbox] == [
+        "MutationResponse",
+        "Transition",
+    ]
     assert client.session.closing is not None
     assert (client.session.closing.code, client.session.closing.reason) == (1001, "")
     assert backend.started == ["a:a"]
