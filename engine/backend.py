@@ -173,7 +173,7 @@ class EngineBackend:
         results: list[T] = []
 
         def execute(transaction: WriteTransaction, tick: int) -> Execution:
-            transaction.lift_read_limits()
+            transaction.lift_limits()
             try:
                 results.append(work(transaction, creation_time_of(tick)))
             except (RequestError, AppFault) as error:  # what an action asked for cannot be written

@@ -233,7 +233,7 @@ class Engine:
 
     def _read(self) -> ReadTransaction:
         transaction = ReadTransaction(self._snapshots.reader, self._publisher.catalog, self.config.limits)
-        transaction.lift_read_limits()
+        transaction.lift_limits()
         return transaction
 
     def _fail(self, error: InternalError) -> None:

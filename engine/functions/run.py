@@ -122,14 +122,14 @@ class Run:
             )
 
     def begin(self, transaction: ReadTransaction) -> None:
-        """The transaction is this run's: its operations are bounded by the run's time."""
-        transaction.check_deadline = self.check_deadline
+        """The transaction is this run's: its operations are bounded by the run's time and limits."""
+        transaction.impose(self.limits, self.check_deadline)
 
     def end(self, transaction: ReadTransaction | None = None) -> None:
         """The function has returned (invariant 3)."""
         self._is_open = False
         if transaction is not None:
-            transaction.end_run()
+            transaction.lift_limits()
 
     # -- identity
 

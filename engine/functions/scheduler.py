@@ -60,6 +60,7 @@ class JobScheduler:
         self._tasks: set[asyncio.Task[None]] = set()  # actions
         self._timer: TimerHandle | None = None
         self._sweep_timer: TimerHandle | None = None
+        self._look_is_due = False  # in the next turn of the loop
         self._is_closed = False
 
     async def start(self) -> None:
@@ -81,8 +82,8 @@ class JobScheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no job is under way; jobs that are not due yet may wait."""
-        return not self._under_way
+        """Whether no job is under way or due."""
+        return not self._under_way and not self._look_is_due
 
     async def close(self) -> None:
         """Start nothing more; actions under way are cancelled and found as failed at the next start."""
@@ -98,6 +99,7 @@ class JobScheduler:
 
     def _look(self) -> None:
         """Start what is due, and set the timer for what comes next."""
+        self._look_is_due = False
         if self._is_closed:
             return
         if self._timer is not None:
@@ -124,6 +126,7 @@ class JobScheduler:
 
     def _first(self, transaction: ReadTransaction, table: type[Table], index_name: str, state: str) -> list[Any]:
         """The first documents in this state, by when they are due; more than can be under way."""
+        transaction.lift_limits()
         codec = transaction.catalog.of_type(table)
         prefix = key_prefix([state])
         index_range = IndexRange(codec.table.name, index_name, before(prefix), after(prefix))
@@ -217,6 +220,7 @@ class JobScheduler:
         self._under_way.discard(document.id)
         if error is None:
             # the next turn: the commit that has just ended this one is published then
+            self._look_is_due = True
             asyncio.get_running_loop().call_soon(self._look)
         elif not self._is_closed:
             self._clock.call_later(_RETRY_SECONDS, self._look)
@@ -228,6 +232,7 @@ class JobScheduler:
     # -- the rows
 
     def _end(self, transaction: WriteTransaction, document_id: str, now: float, error: str | None) -> None:
+        transaction.lift_limits()
         document = transaction.get(document_id)
         if isinstance(document, ScheduledJob):
             state = "failed" if error is not None else "succeeded"
@@ -257,6 +262,7 @@ class JobScheduler:
         oldest = self._clock.wall_ns() / 1_000_000 - _KEPT_MS
 
         def execute(transaction: WriteTransaction, tick: int) -> Execution:
+            transaction.lift_limits()
             codec = transaction.catalog.of_type(ScheduledJob)
             index = codec.table.indexes_by_name["by_state_finished"]
             for state in ("succeeded", "failed", "cancelled"):
@@ -264,7 +270,6 @@ class JobScheduler:
                 old = IndexRange(codec.table.name, index.name, before(prefix), before(prefix + key_prefix([oldest])))
                 for job in transaction.scan(ScheduledJob, index, old, descending=False, limit=_SWEEP_COUNT):
                     transaction.delete(job.id)
-                transaction.end_run()  # limits are for functions
             return Execution(_NOTHING, None)
 
         with contextlib.suppress(Overloaded, EngineClosed):  # the next sweep does it
@@ -279,6 +284,7 @@ def _error_of(failure: Failure | None) -> str | None:
 
 def _is_still_due(transaction: WriteTransaction, document: ScheduledJob | CronJob) -> bool:
     """Whether nobody has cancelled or changed it since it was found due."""
+    transaction.lift_limits()
     found = transaction.get(document.id)
     if isinstance(found, ScheduledJob):
         return found.state == "pending"
@@ -297,6 +303,7 @@ def _claim(transaction: WriteTransaction, document: ScheduledJob | CronJob, now:
 
 
 def _sync_crons(transaction: WriteTransaction, now: float, wanted: dict[str, Cron]) -> None:
+    transaction.lift_limits()
     codec = transaction.catalog.of_type(CronJob)
     index = codec.table.indexes_by_name["by_path"]
     everything = IndexRange(codec.table.name, index.name, before(()), after(()))

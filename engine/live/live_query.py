@@ -87,7 +87,7 @@ class Result:
 class LiveQuery:
     """A query, its newest result and who watches it."""
 
-    __slots__ = ("ask", "call", "identity", "is_dirty", "keys", "result", "variant", "watchers")
+    __slots__ = ("ask", "call", "identity", "is_dirty", "keys", "new_key", "result", "variant", "watchers")
 
     def __init__(self, ask: Ask, call: Call | None, identity: Identity | None) -> None:
         self.ask = ask
@@ -97,6 +97,7 @@ class LiveQuery:
         self.result: Result | None = None  # set by publisher
         self.variant: Variant = ()  # of the run that gave `result`
         self.keys: set[tuple[Any, ...]] = set()  # where publisher lists it
+        self.new_key: tuple[Any, ...] = ()  # where publisher finds it until it has run
         self.watchers: dict[View, set[int]] = {}  # the query ids under which each view holds it
 
     @property

@@ -15,6 +15,7 @@ Invariants
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from engine.clock import Clock, cpu_clock
 from engine.errors import InternalError, RequestError
@@ -55,6 +56,7 @@ class Publisher:
         self.views: set[View] = set()
         self._index: InvalidationIndex[LiveQuery] = InvalidationIndex()
         self._listed: dict[_Key, dict[tuple[Part, ...], dict[Variant, LiveQuery]]] = {}
+        self._new: dict[tuple[Any, ...], LiveQuery] = {}  # those that never ran: what they read is not known
         self._cache = ResultCache(runner.limits, self._drop)
         self._ready: dict[View, None] = {}  # to be told when the pass is over
         self._tell_is_due = False
@@ -78,12 +80,22 @@ class Publisher:
             live_query.result = Result(ts=self.ts, value=None, failure=failure, journal=ask.journal, log_lines=())
             live_query.is_dirty = False
             return live_query
-        by_parts = self._listed.get((call.function.path, call.arguments.canonical, ask.journal), {})
-        for parts, by_variant in by_parts.items():
-            found = by_variant.get(variant_of(identity, list(parts)))
+        key = (call.function.path, call.arguments.canonical, ask.journal)
+        variants = []
+        for parts, by_variant in self._listed.get(key, {}).items():
+            variant = variant_of(identity, list(parts))
+            found = by_variant.get(variant)
             if found is not None:
                 return found
-        return LiveQuery(ask, call, identity)
+            variants.append(variant)
+        # as far as is known they can share what has not run yet; if not, the run splits them
+        new_key = (*key, tuple(variants))
+        waiting = self._new.get(new_key)
+        if waiting is not None:
+            return waiting
+        live_query = self._new[new_key] = LiveQuery(ask, call, identity)
+        live_query.new_key = new_key
+        return live_query
 
     def attach(self, view: View, query_id: int, live_query: LiveQuery) -> None:
         """The view holds the query under this id from now on; one without a result is run at once."""
@@ -174,6 +186,7 @@ class Publisher:
             self.tell_later(view)
         self._index = InvalidationIndex()
         self._listed.clear()
+        self._new.clear()
         self._cache.clear()
 
     async def ask_once(self, path: str, arguments: bytes, identity: Identity | None) -> Result:
@@ -232,6 +245,8 @@ class Publisher:
                     if not by_parts:
                         del self._listed[key]
         live_query.keys.clear()
+        if self._new.get(live_query.new_key) is live_query:
+            del self._new[live_query.new_key]
 
     def _drop(self, live_query: LiveQuery) -> None:
         self._unlist(live_query)
@@ -261,7 +276,7 @@ class Publisher:
 
     def _finish(self, live_query: LiveQuery, run: QueryRun, ts: int) -> None:
         """Take over what a run gave."""
-        call, old = live_query.call, live_query.result
+        call, old, started_from = live_query.call, live_query.result, live_query.journal
         assert call is not None
         result = Result(ts=ts, value=run.value, failure=run.failure, journal=run.journal, log_lines=run.log_lines)
         events = self._events
@@ -283,9 +298,9 @@ class Publisher:
                 events.emit(ResultChanged(call.function.path, ts))
         self._cache.put(live_query)
         variant = tuple((part, repr(value)) for part, value in run.parts.items())
-        # a page that ran again no longer is what one asks who starts without a journal
-        journals = {live_query.journal, live_query.ask.journal} if old is None else {live_query.journal}
-        if old is None or variant != live_query.variant or len(live_query.keys) > len(journals):
+        # a page that ran again from its journal no longer is what one asks who starts without
+        journals = {started_from, live_query.journal}
+        if variant != live_query.variant or journals != {key[2] for key, _, _ in live_query.keys}:
             live_query.variant = variant
             is_listed = self._list(live_query, journals)
             for view in list(live_query.watchers):

@@ -41,11 +41,18 @@ class TickSource:
         return self.last_tick
 
 
-_UNBOUNDED = 1 << 60
-
-
 def no_deadline() -> None:
     """Of a transaction that no function runs in."""
+
+
+_ANY = 1 << 62
+_UNBOUNDED = Limits(
+    read_document_count_max=_ANY,
+    read_size_bytes_max=_ANY,
+    write_document_count_max=_ANY,
+    write_size_bytes_max=_ANY,
+    document_size_bytes_max=_ANY,
+)
 
 
 class Catalog:
@@ -95,20 +102,20 @@ class ReadTransaction:
         self._connection = connection
         self.catalog = catalog
         self._limits = limits
-        self.check_deadline: Callable[[], None] = no_deadline  # set by the runner when a function starts
+        self.check_deadline: Callable[[], None] = no_deadline  # another one while a function runs
         self.read_set = ReadSet(limits.read_range_count_max)
         self.read_count = 0  # documents, also those that a filter then drops
         self.read_size_bytes = 0
         self.write_count = 0  # stays so, unless this is a WriteTransaction
 
-    def lift_read_limits(self) -> None:
-        """The engine itself reads: limits are for functions."""
-        self.read_count = self.read_size_bytes = -_UNBOUNDED
-
-    def end_run(self) -> None:
-        """The function has returned: what the engine itself still does here is not bounded by the run's limits."""
-        self.check_deadline = no_deadline
+    def impose(self, limits: Limits, check_deadline: Callable[[], None]) -> None:
+        """A function begins: what it uses is counted from here on, and bounded."""
+        self._limits, self.check_deadline = limits, check_deadline
         self.read_count = self.read_size_bytes = 0
+
+    def lift_limits(self) -> None:
+        """What the engine itself does here from now on is not bounded: limits are for functions."""
+        self._limits, self.check_deadline = _UNBOUNDED, no_deadline
 
     def get(self, document_id: str) -> Table | None:
         """The document, or None; either way the run depends on that one row."""
@@ -201,8 +208,8 @@ class WriteTransaction(ReadTransaction):
         self.write_size_bytes = 0
         self._depth = 0  # savepoints that are open inside the committer's
 
-    def end_run(self) -> None:
-        super().end_run()
+    def impose(self, limits: Limits, check_deadline: Callable[[], None]) -> None:
+        super().impose(limits, check_deadline)
         self.write_count = self.write_size_bytes = 0
 
     def insert(self, document: Table) -> str:
