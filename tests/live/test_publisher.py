@@ -1,0 +1,350 @@
+"""Runs and who shares them: once a commit, split and joined by what is read of the identity, rounds, cache, reload."""
+
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from engine import Config, Engine, Limits
+from engine.errors import RegistryError
+from engine.events import CodeReloaded, Committed, MutationRan, QueryRan, ResultChanged, ResultUnchanged
+from engine.testing import ManualClock
+from tests.small_engine import APP, SmallEngine, person, small_engine
+
+ALICE, BOB = person("alice", role="user"), person("bob", role="user")
+
+
+async def test_a_commit_is_told_after_its_mutation_ran_and_before_its_queries_are_known() -> None:
+    async with small_engine() as app:
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:count", room="a")
+        await subscriber.catch_up()
+        app.forget()
+        await app.mutate("notes:add", room="a", text="x")
+        ts = app.engine.backend.published_ts()
+        assert app.events == [
+            MutationRan("notes:add", committed=True),
+            QueryRan("notes:count", ts),
+            ResultChanged("notes:count", ts),
+            Committed(ts, mutation_count=1, write_count=1),
+        ]
+
+
+async def test_equal_bytes_are_told_to_nobody() -> None:
+    async with small_engine() as app:
+        note = await app.mutate("notes:add", room="a", text="x", rank=1)
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:texts", room="a")
+        await subscriber.catch_up()
+        told_before = subscriber.told_count
+        app.forget()
+        await app.mutate("notes:move", id=note, room="a", rank=2)
+        assert app.count_of(ResultUnchanged) == 1
+        assert subscriber.told_count == told_before
+
+
+async def test_a_range_ends_at_the_last_document_that_was_taken() -> None:
+    async with small_engine() as app:
+        for rank in (1, 2, 3):
+            await app.mutate("notes:add", room="a", text=f"{rank}", rank=rank)
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:top", room="a", n=2)
+        await subscriber.catch_up()
+        app.forget()
+        await app.mutate("notes:add", room="a", text="below", rank=1)
+        assert not app.run_count()
+        await app.mutate("notes:add", room="a", text="between", rank=2)
+        assert app.run_count() == 1
+        await subscriber.catch_up()
+        assert subscriber.value() == ["3", "between"]
+
+
+async def test_a_count_depends_on_keys_only() -> None:
+    async with small_engine() as app:
+        note = await app.mutate("notes:add", room="a", text="x")
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:count", room="a")
+        await subscriber.catch_up()
+        app.forget()
+        await app.mutate("notes:edit", id=note, text="y")
+        assert not app.run_count()
+        await app.mutate("notes:move", id=note, room="b")
+        assert app.run_count() == 1
+
+
+async def test_a_missing_document_is_waited_for_by_its_id() -> None:
+    async with small_engine() as app:
+        note = await app.mutate("notes:add", room="a", text="x")
+        other = await app.mutate("notes:add", room="a", text="y")
+        await app.mutate("notes:remove", id=note)
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:get", id=note)
+        await subscriber.catch_up()
+        assert subscriber.value() is None
+        app.forget()
+        await app.mutate("notes:edit", id=other, text="z")
+        assert not app.run_count()
+
+
+async def test_a_query_that_failed_runs_again_when_what_it_had_read_changes() -> None:
+    async with small_engine() as app:
+        bad = await app.mutate("notes:add", room="a", text="bad")
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:until_bad", room="a")
+        await subscriber.catch_up()
+        assert subscriber.results[0].failure is not None
+        app.forget()
+        await app.mutate("notes:add", room="a", text="behind the bad one")
+        assert not app.run_count()
+        await app.mutate("notes:edit", id=bad, text="good")
+        await subscriber.catch_up()
+        assert subscriber.value() == ["good", "behind the bad one"]
+
+
+async def test_a_query_that_read_too_much_runs_again_when_there_is_less() -> None:
+    async with small_engine(read_document_count_max=2) as app:
+        notes = [await app.mutate("notes:add", room="a", text=text) for text in "xyz"]
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:in_room", room="a")
+        await subscriber.catch_up()
+        assert subscriber.results[0].failure is not None
+        assert subscriber.results[0].failure.code == "LimitExceeded"
+        await app.mutate("notes:remove", id=notes[1])
+        await subscriber.catch_up()
+        assert [note["text"] for note in subscriber.value()] == ["x", "z"]
+
+
+# -- sharing
+
+
+async def test_a_query_that_reads_no_identity_is_shared_by_all() -> None:
+    async with small_engine() as app:
+        for identity in (None, ALICE, BOB):
+            subscriber = app.subscriber(identity)
+            subscriber.ask(0, "notes:count", room="a")
+            await subscriber.catch_up()
+        assert app.run_count() == 1
+
+
+async def test_a_query_is_shared_by_those_who_agree_in_what_it_read() -> None:
+    async with small_engine() as app:
+        for identity in (ALICE, BOB, person("carol", role="admin"), person("dave"), None):
+            subscriber = app.subscriber(identity)
+            subscriber.ask(0, "notes:role")
+            await subscriber.catch_up()
+        assert app.run_count() == 4
+
+
+async def test_a_run_that_reads_more_of_the_identity_splits_its_subscribers_and_one_that_reads_less_joins() -> None:
+    async with small_engine() as app:
+        subscribers = {name: app.subscriber(person(name)) for name in ("alice", "bob")}
+        for subscriber in subscribers.values():
+            subscriber.ask(0, "notes:greeting", room="a")
+            await subscriber.catch_up()
+        assert app.run_count() == 1
+        await app.mutate("notes:open_room", name="a", is_private=True)
+        for name, subscriber in subscribers.items():
+            await subscriber.catch_up()
+            assert subscriber.value() == f"hello {name}"
+        app.forget()
+        await app.mutate("notes:open_room", name="a", is_private=False)
+        assert app.run_count() == 2
+        for subscriber in subscribers.values():
+            await subscriber.catch_up()
+            assert subscriber.value() == "hello"
+        app.forget()
+        await app.mutate("notes:open_room", name="a", is_private=True)
+        assert app.run_count() == 1
+
+
+async def test_whoever_sees_a_page_after_it_changed_shares_its_next_runs() -> None:
+    async with small_engine() as app:
+        notes = [await app.mutate("notes:add", room="a", text=text) for text in "xyz"]
+        options = {"numItems": 2, "cursor": None}
+        first, second = app.subscriber(), app.subscriber()
+        first.ask(0, "notes:page", room="a", paginationOpts=options)
+        await first.catch_up()
+        await app.mutate("notes:edit", id=notes[0], text="changed")
+        second.ask(0, "notes:page", room="a", paginationOpts=options)
+        await second.catch_up()
+        app.forget()
+        await app.mutate("notes:edit", id=notes[0], text="changed again")
+        assert app.run_count() == 1
+        for subscriber in (first, second):
+            await subscriber.catch_up()
+            assert [note["text"] for note in subscriber.value()["page"]] == ["changed again", "y"]
+
+
+async def test_a_page_keeps_its_end_while_documents_come_and_go() -> None:
+    async with small_engine() as app:
+        for rank in (1, 3, 5):
+            await app.mutate("notes:add", room="a", text=f"{rank}", rank=rank)
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:page", room="a", paginationOpts={"numItems": 2, "cursor": None})
+        await subscriber.catch_up()
+        cursor = subscriber.value()["continueCursor"]
+        subscriber.ask(1, "notes:page", room="a", paginationOpts={"numItems": 2, "cursor": cursor})
+        await subscriber.catch_up()
+        for rank in (2, 4, 6):
+            await app.mutate("notes:add", room="a", text=f"{rank}", rank=rank)
+        await subscriber.catch_up()
+        pages = [[note["text"] for note in subscriber.value(query_id)["page"]] for query_id in (0, 1)]
+        assert pages == [["1", "2", "3"], ["4", "5", "6"]]
+
+
+# -- rounds
+
+
+async def test_a_query_that_was_written_into_while_it_ran_long_runs_once_more() -> None:
+    async with small_engine(run_slow_ms=1) as app:
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:slow_count", room="a", turns=20)
+        await subscriber.catch_up()
+        app.forget()
+        for text in "xyz":
+            await app.engine.mutation("notes:add", room="a", text=text)
+        await subscriber.catch_up()
+        assert subscriber.value() == 3
+        assert 2 <= app.run_count("notes:slow_count") <= 3
+
+
+async def test_mutations_are_answered_while_a_long_query_runs() -> None:
+    async with small_engine(run_slow_ms=1) as app:
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:slow_count", room="a", turns=100)
+        assert subscriber.take() is None
+        await app.engine.mutation("notes:add", room="a", text="x")
+        assert not app.run_count("notes:slow_count")
+        await subscriber.catch_up()
+        assert subscriber.value() == 1
+
+
+async def test_a_function_that_is_quick_again_runs_at_once_again() -> None:
+    async with small_engine(run_slow_ms=1) as app:
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:slow_count", room="a")
+        await subscriber.catch_up()
+        subscriber.ask(1, "notes:slow_count", room="a", turns=1)
+        quick = subscriber.take()
+        assert quick is None, "a function that ran long waits for a round"
+        await subscriber.catch_up()
+        assert subscriber.value(1) == 0
+
+
+async def test_two_callers_of_one_long_query_that_reads_their_identity_each_get_their_own() -> None:
+    async with small_engine(run_slow_ms=0) as app:  # every query runs in rounds
+        subscribers = {name: app.subscriber(person(name)) for name in ("alice", "bob")}
+        await app.mutate("notes:open_room", name="a", is_private=True)
+        for subscriber in subscribers.values():
+            subscriber.ask(0, "notes:greeting", room="a")
+            assert subscriber.take() is None
+        for name, subscriber in subscribers.items():
+            await subscriber.catch_up()
+            assert subscriber.value() == f"hello {name}"
+
+
+# -- the cache
+
+
+async def test_a_result_that_nobody_watches_serves_the_next_until_a_write_touches_it() -> None:
+    async with small_engine() as app:
+        for _ in range(3):
+            assert await app.engine.query("notes:count", room="a") == 0
+        assert app.run_count() == 1
+        await app.mutate("notes:add", room="a", text="x")
+        assert app.run_count() == 1, "nobody watches"
+        assert await app.engine.query("notes:count", room="a") == 1
+
+
+async def test_results_that_nobody_watches_are_bounded_in_number() -> None:
+    async with small_engine(result_cache_count_max=2) as app:
+        for room in "abc":
+            await app.engine.query("notes:count", room=room)
+        app.forget()
+        await app.engine.query("notes:count", room="c")
+        await app.engine.query("notes:count", room="b")
+        assert not app.run_count()
+        await app.engine.query("notes:count", room="a")
+        assert app.run_count() == 1
+        assert len(app.engine._publisher._index) == 2
+
+
+async def test_results_are_bounded_in_size_and_a_watched_one_is_told_apart_without_its_bytes() -> None:
+    async with small_engine(result_cache_size_bytes=50) as app:
+        await app.mutate("notes:add", room="a", text="x" * 100)
+        note = await app.mutate("notes:add", room="b", text="y" * 100, rank=1)
+        subscribers = {room: app.subscriber() for room in "ab"}
+        for room, subscriber in subscribers.items():
+            subscriber.ask(0, "notes:texts", room=room)
+            await subscriber.catch_up()
+        told_before = subscribers["a"].told_count
+        await app.mutate("notes:move", id=note, room="b", rank=2)
+        assert subscribers["a"].told_count == told_before
+        late = app.subscriber()
+        late.ask(0, "notes:texts", room="a")
+        await late.catch_up()
+        assert late.value() == ["x" * 100]
+
+
+# -- reload
+
+
+@pytest.fixture
+def app_directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "app"
+    copytree(APP, directory)
+    return directory
+
+
+async def test_after_a_reload_subscribers_hold_what_the_new_code_returns(app_directory: Path, tmp_path: Path) -> None:
+    clock = ManualClock()
+    config = Config(mode="development", limits=Limits())
+    async with Engine.open(app_directory, tmp_path / "engine.db", config=config, clock=clock) as engine:
+        app = SmallEngine(engine, clock)
+        await app.mutate("notes:add", room="a", text="x")
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:count", room="a")
+        subscriber.ask(1, "notes:texts", room="a")
+        await subscriber.catch_up()
+        functions = app_directory / "functions" / "notes.py"
+        functions.write_text(functions.read_text().replace("room=room).count()", "room=room).count() + 100"))
+        told_before = subscriber.told_count
+        await engine.reload()
+        await app.idle()
+        assert subscriber.told_count > told_before
+        change = subscriber.take()
+        assert change is not None
+        assert set(change.results) == {0}, "what is as before is not given again"
+        assert subscriber.value(0) == 101
+        await app.mutate("notes:add", room="a", text="y")
+        await subscriber.catch_up()
+        assert (subscriber.value(0), subscriber.value(1)) == (102, ["x", "y"])
+
+
+async def test_code_that_does_not_load_changes_nothing(app_directory: Path, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with Engine.open(app_directory, tmp_path / "engine.db", clock=clock) as engine:
+        app = SmallEngine(engine, clock)
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:count", room="a")
+        await subscriber.catch_up()
+        (app_directory / "functions" / "notes.py").write_text("def broken(:\n")
+        app.forget()
+        with pytest.raises(RegistryError, match=r"notes\.py"):
+            await engine.reload()
+        await app.mutate("notes:add", room="a", text="x")
+        await subscriber.catch_up()
+        assert subscriber.value() == 1
+        assert not app.count_of(CodeReloaded)
+
+
+async def test_a_reload_while_a_long_query_runs_ends_with_the_new_code() -> None:
+    async with small_engine(run_slow_ms=1) as app:
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:slow_count", room="a", turns=20)
+        subscriber.ask(1, "notes:count", room="a")
+        assert subscriber.take() is None
+        await app.engine.reload()
+        await app.mutate("notes:add", room="a", text="x")
+        await subscriber.catch_up()
+        assert (subscriber.value(0), subscriber.value(1)) == (1, 1)
