@@ -146,13 +146,13 @@ class Committer:
         self._wake.set()
 
     async def _commit_group(self) -> None:
-        if self._writer.foreign_commit_seen():
+        if not await self._begin():
+            return
+        if self._writer.foreign_commit_seen():  # also one that `_begin` waited for; from here on there can be none
             raise InternalError(
                 "another process wrote to this database while it was being served. "
                 "Stop that process: one engine is the only writer of its file."
             )
-        if not await self._begin():
-            return
         group = self._run_group()
         # not by the writes: what one mutation made and the next one deleted was acknowledged all the same
         if group.ts > self.published_ts:
@@ -206,14 +206,12 @@ class Committer:
             outcome = self._run_one(submission, write_set)
             if not self._writer.in_transaction:
                 # SQLite rolled the whole transaction back (interrupt, FULL, NOMEM, IOERR): nobody of the group has
-                # been answered, so the others run again from the start and only this one fails.
+                # been answered, so the others run again in the next group and only this one fails. (Not in this one:
+                # another program may hold the lock by now, and `_begin` waits for it.)
                 self._queue.extendleft(other for other, _ in reversed(settled))
                 if outcome.error is None:
                     outcome = Settled(self.published_ts, error=StorageFull("storage refused a write; try again."))
-                settled, write_set = [(submission, outcome)], WriteSet()
-                self._last_ts = self.published_ts
-                self._writer.begin()
-                continue
+                return Group(self.published_ts, [(submission, outcome)], WriteSet())
             settled.append((submission, outcome))
             if _cpu() > end:
                 break
