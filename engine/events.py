@@ -15,7 +15,7 @@ class Event(msgspec.Struct, frozen=True):
 
 class Committed(Event, frozen=True):
     ts: int  # newest commit timestamp of the group
-    mutation_count: int  # mutations that this COMMIT made durable
+    mutation_count: int  # mutations that were settled with it, failed ones too
     write_count: int  # documents that it changed
 
 
