@@ -27,7 +27,16 @@ from tests.model.world import IDENTITIES, Mutation, Request, Subscriber, Subscri
 SUBSCRIBER_COUNT_MAX = 4
 SUBSCRIPTION_COUNT_MAX = 8  # of one subscriber
 
-EXAMPLE_COUNT = settings.default.max_examples  # in the pull-request profile: 100
+EXAMPLE_COUNT = settings.default.max_examples // 2  # in the pull-request profile: 50
+CONTROL = settings(
+    stateful_step_count=40,
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # that it is found is enough
+    suppress_health_check=list(HealthCheck),
+)
 STEPS = settings(stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -255,7 +264,7 @@ def test_subscribers_hold_what_a_fresh_run_returns_and_nothing_else_runs() -> No
 
 @pytest.mark.slow
 def test_the_same_holds_on_any_schema() -> None:
-    run_state_machine_as_test(OnAnySchema, settings=settings(STEPS, max_examples=EXAMPLE_COUNT // 4))
+    run_state_machine_as_test(OnAnySchema, settings=settings(STEPS, max_examples=EXAMPLE_COUNT // 3))
 
 
 # -- negative controls: the machine finds what is broken on purpose
@@ -346,7 +355,4 @@ def _keep_what_nested_mutations_wrote(patch: pytest.MonkeyPatch) -> None:
 def test_the_machine_finds_an_engine_that_is_broken(break_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     break_engine(monkeypatch)
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(
-            SubscribersAreNeverStale,
-            settings=settings(STEPS, max_examples=60, derandomize=True, database=None, phases=[Phase.generate]),
-        )
+        run_state_machine_as_test(SubscribersAreNeverStale, settings=CONTROL)

@@ -9,6 +9,8 @@ Invariants
 
 import datetime
 import json
+import os
+import random
 import shutil
 import socket
 import subprocess
@@ -18,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,10 +207,12 @@ def main(mode: Mode) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One below those that Linux gives to outgoing connections, which could take it while the server is down."""
+    for port in random.Random(os.getpid()).sample(range(20_000, 32_000), 1_000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port from 20,000 to 31,999 is free")
 
 
 if __name__ == "__main__":

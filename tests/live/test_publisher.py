@@ -175,6 +175,23 @@ async def test_whoever_sees_a_page_after_it_changed_shares_its_next_runs() -> No
             assert [note["text"] for note in subscriber.value()["page"]] == ["changed again", "y"]
 
 
+async def test_who_asks_for_a_page_that_has_grown_gets_one_of_the_size_asked_for() -> None:
+    async with small_engine() as app:
+        first = app.subscriber()
+        await app.mutate("notes:add", room="a", text="1", rank=1)
+        await app.mutate("notes:add", room="a", text="9", rank=9)
+        options = {"numItems": 2, "cursor": None}
+        first.ask(0, "notes:page", room="a", paginationOpts=options)
+        await first.catch_up()
+        await app.mutate("notes:add", room="a", text="5", rank=5)
+        await first.catch_up()
+        late = app.subscriber()
+        late.ask(0, "notes:page", room="a", paginationOpts=options)
+        await late.catch_up()
+        texts = [[note["text"] for note in subscriber.value()["page"]] for subscriber in (first, late)]
+        assert texts == [["1", "5", "9"], ["1", "5"]]
+
+
 async def test_a_page_keeps_its_end_while_documents_come_and_go() -> None:
     async with small_engine() as app:
         for rank in (1, 3, 5):
@@ -206,6 +223,31 @@ async def test_a_query_that_was_written_into_while_it_ran_long_runs_once_more() 
         await subscriber.catch_up()
         assert subscriber.value() == 3
         assert 2 <= app.run_count("notes:slow_count") <= 3
+
+
+async def test_all_who_ask_a_long_query_before_it_has_run_share_its_first_run() -> None:
+    async with small_engine(run_slow_ms=1) as app:
+        subscribers = [app.subscriber(person(f"{number}")) for number in range(50)]
+        for subscriber in subscribers:
+            subscriber.ask(0, "notes:slow_count", room="a")
+            assert subscriber.take() is None
+        for subscriber in subscribers:
+            await subscriber.catch_up()
+            assert subscriber.value() == 0
+        assert app.run_count("notes:slow_count") == 1
+
+
+async def test_callers_of_a_long_query_who_differ_in_what_it_reads_cost_one_run_each() -> None:
+    async with small_engine(run_slow_ms=0) as app:
+        await app.mutate("notes:open_room", name="a", is_private=True)
+        subscribers = [app.subscriber(person(f"{number % 5}")) for number in range(20)]
+        for subscriber in subscribers:
+            subscriber.ask(0, "notes:greeting", room="a")
+            assert subscriber.take() is None
+        for number, subscriber in enumerate(subscribers):
+            await subscriber.catch_up()
+            assert subscriber.value() == f"hello {number % 5}"
+        assert app.run_count("notes:greeting") == 5
 
 
 async def test_mutations_are_answered_while_a_long_query_runs() -> None:

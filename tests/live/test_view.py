@@ -252,6 +252,19 @@ async def test_a_closed_view_holds_nothing_and_hears_nothing() -> None:
         assert not app.engine._publisher.views
 
 
+async def test_a_view_that_is_larger_than_the_cache_comes_to_an_end_with_long_queries_in_it() -> None:
+    async with small_engine(run_slow_ms=1, result_cache_size_bytes=1) as app:
+        subscriber = app.subscriber()
+        for number in range(6):
+            path = "notes:slow_count" if number % 2 else "notes:texts"
+            subscriber.ask(number, path, room=f"{number}")
+        await subscriber.catch_up()
+        for number in range(6):
+            await app.engine.mutation("notes:add", room=f"{number}", text="x")
+        await subscriber.catch_up()
+        assert [subscriber.value(number) for number in range(6)] == [["x"], 1, ["x"], 1, ["x"], 1]
+
+
 async def test_results_that_the_cache_has_no_room_for_are_given_with_their_bytes() -> None:
     async with small_engine(result_cache_size_bytes=100) as app:
         texts = [f"a long text, number {number}" for number in range(5)]

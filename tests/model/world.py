@@ -247,7 +247,7 @@ class World:
         assert fresh.looks_like(held) or isinstance(query, PageQuery)
 
     async def _answered(self, request: Request) -> None:
-        while request.outcome is None and not self.engine.failed.done():
+        while request.outcome is None and not self.engine.failed.done():  # noqa: ASYNC110 - of two unlike things
             await asyncio.sleep(0)
 
     async def _idle(self) -> None:

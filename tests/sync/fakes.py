@@ -200,7 +200,7 @@ class FakeClient:
         self.backend = backend
         self.clock = clock or ManualClock()
         self.wake_count = 0
-        self.version = {"querySet": 0, "identity": 0, "ts": "AAAAAAAAAAA="}
+        self.version: dict[str, Any] = {"querySet": 0, "identity": 0, "ts": "AAAAAAAAAAA="}
         self.state: dict[int, Any] = {}  # query id → value, or the text of its error
         self.session = Session(backend, limits or Limits(), self.clock, wake=self._woken, accepts_chunks=accepts_chunks)
 
