@@ -106,10 +106,15 @@ class Subscriber:
             self.results.update(change.results)
         return change
 
-    async def catch_up(self) -> None:
-        """Take until nothing newer is there."""
+    async def catch_up(self) -> dict[int, Result]:
+        """Take until nothing newer is there; what was given meanwhile."""
+        given: dict[int, Result] = {}
         async with asyncio.timeout(SECONDS_MAX):
-            while (change := self.take()) is None or change.ts < self._engine.backend.published_ts():
+            while True:
+                change = self.take()
+                given.update(change.results if change is not None else {})
+                if change is not None and change.ts == self._engine.backend.published_ts():
+                    return given
                 await self._engine.wait_until_idle()
 
     def value(self, query_id: int = 0) -> Any:
@@ -127,8 +132,8 @@ def value_of(result: Result) -> Any:
 
 @asynccontextmanager
 async def small_engine(database: str | Path = ":memory:", **limits: int) -> AsyncIterator[SmallEngine]:
-    """Open, on a database that goes away, with some limits set."""
+    """Open, on a database that goes away, with some limits set; no query is long by chance."""
     clock = ManualClock()
-    config = Config(mode="development", limits=Limits(**limits))
+    config = Config(mode="development", limits=Limits(**{"run_slow_ms": 1_000, **limits}))
     async with Engine.open(APP, database, config=config, clock=clock) as engine:
         yield SmallEngine(engine, clock)

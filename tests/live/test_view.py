@@ -158,9 +158,8 @@ async def test_while_a_long_query_runs_the_view_gives_nothing_and_then_one_state
         assert subscriber.told_count == 0
         await app.idle()
         assert subscriber.told_count >= 1
-        change = subscriber.take()
-        assert change is not None
-        assert {query_id: value_of(result) for query_id, result in change.results.items()} == {0: 0, 1: 0}
+        given = await subscriber.catch_up()
+        assert {query_id: value_of(result) for query_id, result in given.items()} == {0: 0, 1: 0}
 
 
 async def test_what_is_committed_while_a_long_query_runs_is_seen_by_none_of_the_view_and_then_by_all() -> None:
@@ -190,9 +189,10 @@ async def test_a_query_added_while_a_long_one_runs_is_in_the_next_change() -> No
         subscriber.ask(0, "notes:slow_count", room="a")
         assert subscriber.take() is None
         subscriber.ask(1, "notes:count", room="a")
-        await app.idle()
-        change = subscriber.take()
-        assert change is not None
+        change = None
+        while change is None:
+            await app.idle()
+            change = subscriber.take()
         assert set(change.results) == {0, 1}
 
 

@@ -79,6 +79,21 @@ async def slow_count(ctx: QueryCtx, room: str, turns: int = 3) -> int:
     return count
 
 
+gate = {"is_open": False}
+
+
+@query
+async def held_count(ctx: QueryCtx, room: str) -> int:
+    """Runs in a round, until the test opens the gate."""
+    while True:
+        end = time.perf_counter() + SLOW_SECONDS
+        while time.perf_counter() < end:
+            pass
+        count = await ctx.db.query(Note.by_room, room=room).count()
+        if gate["is_open"]:
+            return count
+
+
 @query
 async def endless(ctx: QueryCtx) -> None:
     while True:
