@@ -4,15 +4,12 @@ import math
 from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, Union
 
 import msgspec
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from engine.values import Int64
 from engine.values.wire import EXACT_INT_MAX, INT64_MAX, INT64_MIN
 
 # no wall clock: a busy machine fails no test; a failure prints what repeats it
-settings.register_profile("engine", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-settings.load_profile("engine")
 
 
 class Typed(NamedTuple):

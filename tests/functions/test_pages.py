@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from engine.errors import FunctionMisuse, InvalidArgument, InvalidCursor, LimitExceeded
 from engine.functions.pages import CursorSeal, PaginationOptions
-from tests import strategies
 from tests.functions.apps import OpenApp, open_app
 
 FUNCTIONS = """
@@ -349,28 +348,25 @@ async def test_a_damaged_cursor_is_refused_as_the_clients_want_it(app: OpenApp, 
     assert "InvalidCursor" in failure.message
 
 
-positions = st.lists(
-    strategies.typed_scalars.flatmap(lambda typed: typed.values).filter(lambda value: value == value), max_size=4
-).map(tuple)
-
-
-@given(position=st.none() | positions, other=st.none() | positions, data=st.data())
-def test_a_seal_opens_what_it_sealed_and_nothing_that_was_changed(
-    position: Any, other: Any, data: st.DataObject
-) -> None:
+@pytest.mark.parametrize(
+    "position", [None, (), (2, "a", 1, 7), (0, 0, 1, -5), (1, 2.5, 3, b"\xff", 1, 1 << 52), (2, "ä\0🦀" * 50, 1, 1)]
+)
+def test_a_seal_opens_what_it_sealed_and_nothing_that_was_changed(position: tuple[Any, ...] | None) -> None:
     seal = CursorSeal(b"secret", b"query")
     cursor = seal.seal(position)
-    assert seal.open(cursor) == (position if position is not None else None)
+    assert seal.open(cursor) == position
     for stranger in (CursorSeal(b"secret", b"other"), CursorSeal(b"public", b"query")):
         with pytest.raises(InvalidCursor):
             stranger.open(cursor)
-    raw = bytearray(base64.urlsafe_b64decode(cursor))
-    raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    raw = base64.urlsafe_b64decode(cursor)
+    for place in range(len(raw)):
+        for change in (1, 128, 255):
+            changed = bytearray(raw)
+            changed[place] ^= change
+            with pytest.raises(InvalidCursor):
+                seal.open(base64.urlsafe_b64encode(changed).decode())
     with pytest.raises(InvalidCursor):
-        seal.open(base64.urlsafe_b64encode(raw).decode())
-    payload = msgspec.msgpack.encode(other)
-    with pytest.raises(InvalidCursor):
-        seal.open(base64.urlsafe_b64encode(raw[:16] + payload).decode())
+        seal.open(base64.urlsafe_b64encode(raw[:16] + msgspec.msgpack.encode((2, "b", 1, 8))).decode())
 
 
 # -- limits
