@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from engine.values import Int64
 from engine.values.wire import EXACT_INT_MAX, INT64_MAX, INT64_MIN
 
-# no wall clock: a busy machine fails no test; a failure prints what repeats it
-
 
 class Typed(NamedTuple):
     """An annotation, and a strategy of values that fit it."""
