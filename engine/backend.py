@@ -13,9 +13,8 @@ from typing import TypeVar
 from engine.auth.admin import Authenticator, parse_authorization
 from engine.auth.tokens import Verified
 from engine.clock import Clock
-from engine.errors import AppFault, EngineError, FunctionNotFound, RequestError, RequestIdReused
+from engine.errors import AppFault, FunctionNotFound, RequestError, RequestIdReused
 from engine.functions.calls import Call, Outcome
-from engine.functions.failures import Failure
 from engine.functions.registry import FunctionKind
 from engine.functions.runner import QueryRun, Runner
 from engine.identity import Identity
@@ -227,7 +226,7 @@ class EngineBackend:
     ) -> None:
         def settle(settled: Settled) -> None:
             if settled.error is not None:
-                done(MutationOutcome(None, None, self._failure_of(settled.error, path)))
+                done(MutationOutcome(None, None, self._runner.failures.of(settled.error, path)))
             elif settled.recorded is not None:
                 done(MutationOutcome(settled.ts, settled.recorded))
             else:
@@ -255,9 +254,6 @@ class EngineBackend:
         if is_admin:
             return self._runner.resolve_any((kind,), path, arguments)
         return self._runner.resolve(kind, path, arguments)
-
-    def _failure_of(self, error: EngineError, path: str) -> Failure:
-        return self._runner.failures.of(error, path)
 
     def _now_ms(self) -> float:
         return self._clock.wall_ns() / 1_000_000

@@ -58,7 +58,6 @@ class Engine:
     ) -> None:
         self.config, self.clock, self.events, self.database = config, clock, events, database
         self._app = app
-        self._providers = providers
         self.failed: asyncio.Future[InternalError] = asyncio.get_running_loop().create_future()
         self._ended: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()  # failed or closed: why
         limits = config.limits

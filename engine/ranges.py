@@ -64,14 +64,6 @@ class IndexRange(msgspec.Struct, frozen=True):
     def holds(self, key: OrderKey) -> bool:
         return self.start <= key < self.end
 
-    def overlaps(self, other: "IndexRange") -> bool:
-        return (
-            self.table == other.table
-            and self.index == other.index
-            and self.start < other.end
-            and other.start < self.end
-        )
-
     @property
     def prefix(self) -> OrderKey:
         """The columns that are equal for every key in the range: what the invalidation index hashes."""
