@@ -45,8 +45,8 @@ def test_100_mutations_are_committed_in_one_group(benchmark: Benchmark, tmp_path
         on_fatal=fail,
     )
 
-    def execute(transaction: WriteTransaction, tick: int) -> Execution:
-        return Execution(transaction.insert(chat.message(tick)).encode(), None)
+    def execute(transaction: WriteTransaction) -> Execution:
+        return Execution(transaction.insert(chat.message(transaction.tick)).encode(), None)
 
     async def commit() -> int:
         loop, left = asyncio.get_running_loop(), MUTATION_COUNT

@@ -17,8 +17,7 @@ from engine.errors import AppFault, FunctionNotFound, RequestError, RequestIdReu
 from engine.functions.calls import Call, Outcome
 from engine.functions.registry import FunctionKind
 from engine.functions.runner import QueryRun, Runner
-from engine.identity import Identity
-from engine.ids import creation_time_of
+from engine.identity import Caller, Identity
 from engine.live.live_query import Result
 from engine.live.publisher import Publisher
 from engine.live.view import View
@@ -77,7 +76,7 @@ class EngineBackend:
         done: Callable[[MutationOutcome], None],
     ) -> None:
         key = _ledger_key(session_id, request_id, identity, path, arguments)
-        self._submit(path, arguments, identity, key, done)
+        self._submit(path, arguments, Caller(identity, session_id=session_id), key, done)
 
     def start_action(
         self, path: str, arguments: bytes, identity: Identity | None, done: Callable[[ActionOutcome], None]
@@ -117,14 +116,14 @@ class EngineBackend:
         except RequestError as error:
             failure = self._runner.failures.of(error, path)
             return Result(ts=ts, value=None, failure=failure, journal=None, log_lines=())
-        run = await self._run_at(ts, call, identity)
+        run = await self._run_at(ts, call, _caller(identity, is_admin=is_admin))
         return Result(ts=ts, value=run.value, failure=run.failure, journal=None, log_lines=run.log_lines)
 
     async def http_mutation(
         self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
     ) -> MutationOutcome:
         done: asyncio.Future[MutationOutcome] = asyncio.get_running_loop().create_future()
-        self._submit(path, arguments, identity, None, _into(done), is_admin=is_admin)
+        self._submit(path, arguments, _caller(identity, is_admin=is_admin), None, _into(done), is_admin=is_admin)
         return await done
 
     async def http_action(
@@ -134,7 +133,7 @@ class EngineBackend:
             call = self._resolve("action", path, arguments, is_admin=is_admin)
         except RequestError as error:
             return ActionOutcome(None, self._runner.failures.of(error, path))
-        outcome = await self._runner.run_action(call, identity, self)
+        outcome = await self._runner.run_action(call, _caller(identity, is_admin=is_admin), self)
         return ActionOutcome(outcome.value, outcome.failure, outcome.log_lines)
 
     def function_kind(self, path: str, *, is_admin: bool = False) -> FunctionKind | None:
@@ -153,14 +152,12 @@ class EngineBackend:
 
     # -- of an action (`functions/calls.py`, Transactions)
 
-    async def run_query(self, call: Call, identity: Identity | None) -> Outcome:
-        run = await self._run_at(self._publisher.ts, call, identity)
+    async def run_query(self, call: Call, caller: Caller) -> Outcome:
+        run = await self._run_at(self._publisher.ts, call, caller)
         return Outcome(run.value, run.failure, run.log_lines)
 
-    async def run_mutation(self, call: Call, identity: Identity | None) -> Outcome:
-        settled = await self._commit(
-            lambda transaction, tick: self._runner.execute_mutation(call, identity, transaction, tick)
-        )
+    async def run_mutation(self, call: Call, caller: Caller) -> Outcome:
+        settled = await self._commit(lambda transaction: self._runner.execute_mutation(call, caller, transaction))
         if settled.error is not None:
             return Outcome(None, self._runner.failures.of(settled.error, call.function.path), ())
         assert settled.execution is not None
@@ -171,10 +168,10 @@ class EngineBackend:
         """Do the engine's own writes as a mutation; durable on return."""
         results: list[T] = []
 
-        def execute(transaction: WriteTransaction, tick: int) -> Execution:
+        def execute(transaction: WriteTransaction) -> Execution:
             transaction.lift_limits()
             try:
-                results.append(work(transaction, creation_time_of(tick)))
+                results.append(work(transaction, transaction.now))
             except (RequestError, AppFault) as error:  # what an action asked for cannot be written
                 return Execution(None, error)
             return Execution(b"null", None)
@@ -195,7 +192,7 @@ class EngineBackend:
 
     # -- inside
 
-    async def _run_at(self, ts: int, call: Call, identity: Identity | None) -> QueryRun:
+    async def _run_at(self, ts: int, call: Call, caller: Caller) -> QueryRun:
         """Run a query on a snapshot that stays while the run pauses. Raises RequestError when it is gone."""
         reader = self._snapshots.lend(ts)
         if reader is None:
@@ -205,11 +202,11 @@ class EngineBackend:
             )
         try:
             transaction = ReadTransaction(reader, self._publisher.catalog, self._runner.limits)
-            return await self._runner.run_long_query(call, identity, transaction, self._now_ms(), None)
+            return await self._runner.run_long_query(call, caller, transaction, self._now_ms(), None)
         finally:
             self._snapshots.give_back(reader)
 
-    async def _commit(self, execute: Callable[[WriteTransaction, int], Execution]) -> Settled:
+    async def _commit(self, execute: Callable[[WriteTransaction], Execution]) -> Settled:
         done: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
         self._committer.submit(Submission(execute, _into(done)))
         return await done
@@ -218,7 +215,7 @@ class EngineBackend:
         self,
         path: str,
         arguments: bytes,
-        identity: Identity | None,
+        caller: Caller,
         key: LedgerKey | None,
         done: Callable[[MutationOutcome], None],
         *,
@@ -235,14 +232,14 @@ class EngineBackend:
                 ts = settled.ts if outcome.failure is None else None
                 done(MutationOutcome(ts, outcome.value, outcome.failure, outcome.log_lines))
 
-        def execute(transaction: WriteTransaction, tick: int) -> Execution:
+        def execute(transaction: WriteTransaction) -> Execution:
             current = call
             if self._runner.registry.by_path.get(call.function.path) is not call.function:  # reloaded since
                 try:
                     current = self._resolve("mutation", path, arguments, is_admin=is_admin)
                 except RequestError as error:
                     return Execution(None, Outcome(None, self._runner.failures.of(error, path), ()))
-            return self._runner.execute_mutation(current, identity, transaction, tick)
+            return self._runner.execute_mutation(current, caller, transaction)
 
         try:
             call = self._resolve("mutation", path, arguments, is_admin=is_admin)
@@ -262,6 +259,11 @@ class EngineBackend:
 def _ledger_key(session_id: str, request_id: int, identity: Identity | None, path: str, arguments: bytes) -> LedgerKey:
     token_identifier = identity.token_identifier if identity is not None else None
     return LedgerKey.of(session_id, request_id, token_identifier, path, arguments)
+
+
+def _caller(identity: Identity | None, *, is_admin: bool) -> Caller:
+    """An operator who acts as nobody is restricted by no policy."""
+    return Caller(identity, is_restricted=identity is not None or not is_admin)
 
 
 def _into(future: "asyncio.Future[T]") -> Callable[[T], None]:

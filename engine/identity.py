@@ -11,6 +11,8 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NewType
 
+import msgspec
+
 # One part of an identity that a run can depend on: "present", "subject", "issuer", "claims" (all of them),
 # or "claims.<name>".
 Part = NewType("Part", str)
@@ -85,6 +87,17 @@ class Identity:
 
     def __repr__(self) -> str:
         return f"Identity(subject={self.subject!r}, issuer={self.issuer!r})"
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Who makes a call, and what holds for it."""
+
+    identity: Identity | None = None
+    is_restricted: bool = True  # policies apply: somebody outside asks, not the engine or its operator
+    session_id: str | None = None  # of the WebSocket session that sent it
+
+
+SYSTEM = Caller(is_restricted=False)  # the engine itself: jobs, crons, triggers
 
 
 class _Claims(Mapping[str, Any]):

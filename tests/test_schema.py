@@ -262,7 +262,7 @@ def test_too_many_fields_are_refused() -> None:
 
 
 def test_two_tables_whose_ids_would_look_alike_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.schema.table_tag", lambda table: "0000")
+    monkeypatch.setattr("engine.schema.compiler.table_tag", lambda table: "0000")
     with pytest.raises(SchemaError, match="the tables 'games' and 'thing' would have the same id tag"):
         compile_schema([Game, declare()], LIMITS)
 

@@ -16,7 +16,7 @@ from engine.functions.context import FunctionReference
 from engine.functions.failures import Failure
 from engine.functions.registry import Function
 from engine.functions.run import Run
-from engine.identity import Identity
+from engine.identity import Caller
 from engine.transaction.transaction import ReadTransaction, WriteTransaction
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Outcome(msgspec.Struct, frozen=True):
 class Transactions(Protocol):
     """What an action reaches the database through; the engine has it."""
 
-    async def run_query(self, call: Call, identity: Identity | None) -> Outcome: ...
-    async def run_mutation(self, call: Call, identity: Identity | None) -> Outcome: ...
+    async def run_query(self, call: Call, caller: Caller) -> Outcome: ...
+    async def run_mutation(self, call: Call, caller: Caller) -> Outcome: ...
     async def write(self, work: Callable[[WriteTransaction, float], T]) -> T:
         """Do the engine's own writes as a mutation, given the transaction and its `now`; durable on return."""
 
@@ -68,7 +68,7 @@ class NestedCalls:
         call = self._runner.call_of(function, ("mutation",), arguments)
         savepoint = transaction.begin_nested()
         try:
-            value = await self._enter(call, self._runner.mutation_ctx(self._run, transaction, self._now))
+            value = await self._enter(call, self._runner.mutation_ctx(self._run, transaction))
         except BaseException:
             transaction.undo_nested(savepoint)
             raise
@@ -103,15 +103,15 @@ class ActionCalls:
 
     async def run_query(self, function: FunctionReference, arguments: dict[str, Any]) -> Any:
         call = self._call(function, "query", arguments)
-        return self._value_of(call, await self._transactions.run_query(call, self._run.untracked_identity))
+        return self._value_of(call, await self._transactions.run_query(call, self._run.caller))
 
     async def run_mutation(self, function: FunctionReference, arguments: dict[str, Any]) -> Any:
         call = self._call(function, "mutation", arguments)
-        return self._value_of(call, await self._transactions.run_mutation(call, self._run.untracked_identity))
+        return self._value_of(call, await self._transactions.run_mutation(call, self._run.caller))
 
     async def run_action(self, function: FunctionReference, arguments: dict[str, Any]) -> Any:
         call = self._call(function, "action", arguments)
-        outcome = await self._runner.run_action(call, self._run.untracked_identity, self._transactions)
+        outcome = await self._runner.run_action(call, self._run.caller, self._transactions)
         return self._value_of(call, outcome)
 
     def _call(self, function: FunctionReference, kind: Any, arguments: dict[str, Any]) -> Call:

@@ -53,9 +53,10 @@ def load_app(directory: Path, limits: Limits) -> App:
         schema = _load_schema(directory, limits)
         modules = {
             name: _import(f"{_FUNCTIONS}.{name.replace('/', '.')}", directory)
-            for name in _function_modules(directory / _FUNCTIONS)
+            for name in _module_names(directory / _FUNCTIONS)
         }
-        functions = functions_of(modules, limits=limits, tags=schema.tag_of_class)
+        callable_modules = {name: module for name, module in modules.items() if not _holds_helpers(name)}
+        functions = functions_of(callable_modules, limits=limits, tags=schema.tag_of_class)
         app = App(directory, schema, Registry(functions))
     except BaseException:
         sys.meta_path.remove(finder)
@@ -80,14 +81,19 @@ def _load_schema(directory: Path, limits: Limits) -> Schema:
     return compile_schema([*tables, *(table for table in SYSTEM_TABLES if table not in tables)], limits)
 
 
-def _function_modules(directory: Path) -> list[str]:
-    """`live/quiz` for `functions/live/quiz.py`; modules and folders that begin with `_` hold helpers."""
+def _module_names(directory: Path) -> list[str]:
+    """`live/quiz` for `functions/live/quiz.py`; all of them, so that no policy or trigger is missed."""
     names = []
     for path in sorted(directory.rglob("*.py")):
         parts = path.relative_to(directory).with_suffix("").parts
-        if not any(part.startswith(("_", ".")) for part in parts):
+        if not any(part.startswith((".", "__")) for part in parts):
             names.append("/".join(parts))
-    return names
+    return sorted(names, key=_holds_helpers)  # those first that can be called: errors name them
+
+
+def _holds_helpers(module: str) -> bool:
+    """Whether nothing in it can be called: it or a folder around it begins with `_`."""
+    return any(part.startswith("_") for part in module.split("/"))
 
 
 def _import(name: str, directory: Path) -> ModuleType:

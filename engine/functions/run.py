@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from engine.clock import cpu_clock
 from engine.errors import FunctionMisuse
 from engine.functions.pages import CursorSeal, fingerprint_of
-from engine.identity import PRESENT, Identity, Part, part_of
+from engine.identity import PRESENT, Caller, Identity, Part, part_of
 from engine.limits import Limits
 from engine.ranges import IndexRange
 from engine.transaction.transaction import ReadTransaction
@@ -64,7 +64,7 @@ class Run:
         self,
         function: "Function",
         arguments: "Arguments",
-        identity: Identity | None,
+        caller: Caller,
         limits: Limits,
         *,
         cursor_secret: bytes = b"",
@@ -79,7 +79,7 @@ class Run:
         self.schedule_count = self.schedule_size_bytes = 0  # of jobs, nested mutations included
         self.context_count = 0  # made for it: one, and one for each nested call
         self.journal = journal  # the end of the page; set anew by end_page
-        self._identity = identity
+        self.caller = caller  # for passing on, never for showing to the function
         self._tracked_identity: Identity | None = None
         self._cursor_secret = cursor_secret
         self._has_page = False
@@ -136,20 +136,15 @@ class Run:
     def identity(self) -> Identity | None:
         """Who asks, tracked: what is read of it decides who shares the result."""
         self.check_open()
-        identity = self._identity
+        identity = self.caller.identity
         self.parts[PRESENT] = identity is not None
         if identity is not None and self._tracked_identity is None:
             self._tracked_identity = identity.tracked(self._read_part)
         return self._tracked_identity
 
-    @property
-    def untracked_identity(self) -> Identity | None:
-        """For passing on, never for showing to the function."""
-        return self._identity
-
     def _read_part(self, part: Part) -> None:
         if part not in self.parts:
-            self.parts[part] = part_of(self._identity, part)
+            self.parts[part] = part_of(self.caller.identity, part)
 
     # -- pages
 

@@ -27,8 +27,7 @@ from engine.functions.reader import DatabaseReader, DatabaseWriter
 from engine.functions.registry import Function, FunctionKind, Registry
 from engine.functions.run import RanLong, Run, RunStopped, Watchdog, drive, drive_cooperatively
 from engine.functions.scheduling import ActionScheduler, MutationScheduler
-from engine.identity import Identity, Part
-from engine.ids import creation_time_of
+from engine.identity import Caller, Part
 from engine.limits import Limits
 from engine.transaction.committer import Execution
 from engine.transaction.read_set import ReadSet
@@ -100,10 +99,10 @@ class Runner:
     # -- queries
 
     def run_query(
-        self, call: Call, identity: Identity | None, transaction: ReadTransaction, now: float, journal: str | None
+        self, call: Call, caller: Caller, transaction: ReadTransaction, now: float, journal: str | None
     ) -> QueryRun:
         """Run a query at once. Raises RanLong when it holds the loop for run_slow_ms."""
-        run = self._new_run(call, identity, transaction, journal=journal, may_run_long=False)
+        run = self._new_run(call, caller, transaction, journal=journal, may_run_long=False)
         start = self._start_query(call, run, transaction, now)
         began = _cpu()
         try:
@@ -119,13 +118,13 @@ class Runner:
     async def run_long_query(
         self,
         call: Call,
-        identity: Identity | None,
+        caller: Caller,
         transaction: ReadTransaction,
         now: float,
         journal: str | None,
     ) -> QueryRun:
         """Run a query that pauses every run_slow_ms, so that the loop serves others meanwhile."""
-        run = self._new_run(call, identity, transaction, journal=journal, may_run_long=True, is_cooperative=True)
+        run = self._new_run(call, caller, transaction, journal=journal, may_run_long=True, is_cooperative=True)
         start = self._start_query(call, run, transaction, now)
         began = _cpu()
         try:
@@ -156,13 +155,11 @@ class Runner:
 
     # -- mutations
 
-    def execute_mutation(
-        self, call: Call, identity: Identity | None, transaction: WriteTransaction, tick: int
-    ) -> Execution:
+    def execute_mutation(self, call: Call, caller: Caller, transaction: WriteTransaction) -> Execution:
         """Run a mutation in the savepoint that is open; the committer keeps or undoes what it wrote."""
-        run = self._new_run(call, identity, transaction, may_run_long=True)
+        run = self._new_run(call, caller, transaction, may_run_long=True)
         try:
-            ctx = self.mutation_ctx(run, transaction, creation_time_of(tick))
+            ctx = self.mutation_ctx(run, transaction)
             value = drive(
                 self._watchdog,
                 run,
@@ -180,9 +177,9 @@ class Runner:
 
     # -- actions
 
-    async def run_action(self, call: Call, identity: Identity | None, transactions: Transactions) -> Outcome:
+    async def run_action(self, call: Call, caller: Caller, transactions: Transactions) -> Outcome:
         """Run an action to its end or its time limit; a plain `def` runs in a thread, as it may block."""
-        run = Run(call.function, call.arguments, identity, self.limits, may_run_long=True)
+        run = Run(call.function, call.arguments, caller, self.limits, may_run_long=True)
         calls = ActionCalls(self, run, transactions)
         now = self.clock.wall_ns() / 1_000_000
         ctx = ActionCtx(run, now, lambda: self.clock.entropy(16), calls, ActionScheduler(self, run, transactions))
@@ -226,14 +223,15 @@ class Runner:
             run, now, self._seed_of(run), NestedCalls(self, run, transaction, now), DatabaseReader(transaction, run)
         )
 
-    def mutation_ctx(self, run: Run, transaction: WriteTransaction, now: float) -> MutationCtx:
+    def mutation_ctx(self, run: Run, transaction: WriteTransaction) -> MutationCtx:
+        now = transaction.now
         return MutationCtx(
             run,
             now,
             self._seed_of(run, now),
             NestedCalls(self, run, transaction, now),
             DatabaseWriter(transaction, run),
-            MutationScheduler(self, run, transaction, now),
+            MutationScheduler(self, run, transaction),
         )
 
     def _seed_of(self, run: Run, now: float | None = None) -> Callable[[], bytes]:
@@ -244,7 +242,7 @@ class Runner:
     def _new_run(
         self,
         call: Call,
-        identity: Identity | None,
+        caller: Caller,
         transaction: ReadTransaction,
         *,
         may_run_long: bool,
@@ -254,7 +252,7 @@ class Runner:
         run = Run(
             call.function,
             call.arguments,
-            identity,
+            caller,
             self.limits,
             cursor_secret=self._cursor_secret,
             journal=journal,

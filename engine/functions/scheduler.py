@@ -24,6 +24,7 @@ from engine.functions.failures import Failure
 from engine.functions.jobs import CronJob, ScheduledJob
 from engine.functions.registry import Cron
 from engine.functions.runner import Runner
+from engine.identity import SYSTEM
 from engine.ranges import IndexRange, after, before, key_prefix
 from engine.schema import Table
 from engine.transaction.committer import Committer, Execution, Settled, Submission
@@ -157,11 +158,11 @@ class JobScheduler:
     def _submit_mutation(self, document: ScheduledJob | CronJob, call: Call) -> None:
         failures: list[Failure | None] = []
 
-        def execute(transaction: WriteTransaction, tick: int) -> Execution:
+        def execute(transaction: WriteTransaction) -> Execution:
             if not _is_still_due(transaction, document):
                 return Execution(_NOTHING, None)
             savepoint = transaction.begin_nested()
-            execution = self._runner.execute_mutation(call, None, transaction, tick)
+            execution = self._runner.execute_mutation(call, SYSTEM, transaction)
             if execution.value is None:
                 transaction.undo_nested(savepoint)
             else:
@@ -184,7 +185,7 @@ class JobScheduler:
         try:
             is_due = await self._transactions.write(lambda transaction, now: _claim(transaction, document, now))
             if is_due:
-                outcome: Outcome = await self._runner.run_action(call, None, self._transactions)
+                outcome: Outcome = await self._runner.run_action(call, SYSTEM, self._transactions)
                 await self._record(document, _error_of(outcome.failure))
                 self._tell(document, outcome.failure)
             self._settled(document, None)
@@ -202,7 +203,7 @@ class JobScheduler:
                 return
 
     def _submit(self, document: ScheduledJob | CronJob, work: Callable[[WriteTransaction, float], None]) -> None:
-        def execute(transaction: WriteTransaction, tick: int) -> Execution:
+        def execute(transaction: WriteTransaction) -> Execution:
             if _is_still_due(transaction, document):
                 work(transaction, self._clock.wall_ns() / 1_000_000)
             return Execution(_NOTHING, None)
@@ -261,7 +262,7 @@ class JobScheduler:
         self._committer.forget_outcomes()
         oldest = self._clock.wall_ns() / 1_000_000 - _KEPT_MS
 
-        def execute(transaction: WriteTransaction, tick: int) -> Execution:
+        def execute(transaction: WriteTransaction) -> Execution:
             transaction.lift_limits()
             codec = transaction.catalog.of_type(ScheduledJob)
             index = codec.table.indexes_by_name["by_state_finished"]

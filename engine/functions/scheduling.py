@@ -41,19 +41,19 @@ class _Scheduler:
 class MutationScheduler(_Scheduler):
     """Of a mutation: jobs are rows of the same transaction."""
 
-    def __init__(self, runner: "Runner", run: Run, transaction: WriteTransaction, now: float) -> None:
+    def __init__(self, runner: "Runner", run: Run, transaction: WriteTransaction) -> None:
         super().__init__(runner, run)
-        self._transaction, self._now = transaction, now
+        self._transaction = transaction
 
     async def run_after(self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any) -> str:
-        return await self.run_at(self._now + _delay_ms(delay), function, **arguments)
+        return await self.run_at(self._transaction.now + _delay_ms(delay), function, **arguments)
 
     async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> str:
         return self._transaction.insert(self._job(function, arguments, float(when_ms)))
 
     async def cancel(self, job_id: str) -> None:
         self._run.check_open()
-        cancel_job(self._transaction, job_id, self._now)
+        cancel_job(self._transaction, job_id, self._transaction.now)
 
 
 class ActionScheduler(_Scheduler):

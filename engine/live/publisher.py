@@ -22,7 +22,7 @@ from engine.errors import InternalError, RequestError
 from engine.events import Events, QueryRan, ResultChanged, ResultUnchanged
 from engine.functions.run import RanLong
 from engine.functions.runner import QueryRun, Runner
-from engine.identity import Identity, Part
+from engine.identity import Caller, Identity, Part
 from engine.live.invalidation import InvalidationIndex
 from engine.live.live_query import Ask, LiveQuery, Result, Variant, variant_of
 from engine.live.results import ResultCache
@@ -267,7 +267,9 @@ class Publisher:
             live_query.identity = next(iter(live_query.watchers)).identity
         transaction = ReadTransaction(self._snapshots.reader, self.catalog, self._runner.limits)
         try:
-            run = self._runner.run_query(call, live_query.identity, transaction, self._now_ms(), live_query.journal)
+            run = self._runner.run_query(
+                call, Caller(live_query.identity), transaction, self._now_ms(), live_query.journal
+            )
         except RanLong:
             self._long_paths.add(call.function.path)
             self._wait_for_round(live_query)
@@ -355,7 +357,7 @@ class Publisher:
                 live_query.identity = next(iter(live_query.watchers)).identity
                 transaction = ReadTransaction(reader, self.catalog, self._runner.limits)
                 run = await self._runner.run_long_query(
-                    call, live_query.identity, transaction, now_ms, live_query.journal
+                    call, Caller(live_query.identity), transaction, now_ms, live_query.journal
                 )
                 if run.duration_seconds < self._slice_seconds / 2:
                     self._long_paths.discard(call.function.path)

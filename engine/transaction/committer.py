@@ -55,7 +55,7 @@ class Settled(msgspec.Struct, frozen=True):
 class Submission(msgspec.Struct, frozen=True):
     """A mutation in the queue."""
 
-    execute: Callable[[WriteTransaction, int], Execution]  # given the transaction and the tick of `ctx.now`
+    execute: Callable[[WriteTransaction], Execution]
     settle: Callable[[Settled], None]  # called once, on the loop; never when the storage state is unknown
     key: LedgerKey | None = None
 
@@ -225,14 +225,14 @@ class Committer:
                 return Settled(recorded.ts, recorded=recorded.value)
             writer.savepoint()
             transaction = WriteTransaction(writer, self.catalog, self._limits, self._ticks, self._clock)
-            execution = submission.execute(transaction, self._ticks.next_tick())
+            execution = submission.execute(transaction)
             if not writer.in_transaction:
                 return Settled(self.published_ts)
             if execution.value is None:
                 writer.rollback_to()
                 writer.release()
                 return Settled(self._last_ts, execution=execution)
-            if len(transaction.write_set):
+            if len(transaction.write_set) or transaction.has_hidden_writes:
                 ts = max(self._last_ts + 1, self._clock.wall_ns())
                 if key is not None:
                     self._ledger.record(writer, key, ts, execution.value)

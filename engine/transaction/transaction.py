@@ -86,6 +86,7 @@ class Savepoint(msgspec.Struct, frozen=True):
 
     depth: int
     write_set: WriteSet
+    has_hidden_writes: bool
 
 
 class ReadTransaction:
@@ -204,7 +205,9 @@ class WriteTransaction(ReadTransaction):
         super().__init__(writer, catalog, limits)
         self._writer = writer
         self._ticks, self._clock = ticks, clock
+        self.tick = ticks.next_tick()  # of `ctx.now`
         self.write_set = WriteSet()
+        self.has_hidden_writes = False  # to tables that no query can depend on: to be committed, and nobody is woken
         self.write_size_bytes = 0
         self._depth = 0  # savepoints that are open inside the committer's
 
@@ -222,7 +225,7 @@ class WriteTransaction(ReadTransaction):
         codec.table.check(new)
         row = self._encode(codec, new)
         codec.insert(self._writer, row)
-        self.write_set.add(Write(codec.table, document_id, None, new))
+        self._changed(codec, document_id, None, new)
         return document_id
 
     def patch(self, document_id: str, changes: dict[str, Any]) -> None:
@@ -247,7 +250,19 @@ class WriteTransaction(ReadTransaction):
         codec, old = self._existing(document_id, "delete")
         self._spend_write(0)
         codec.delete(self._writer, document_id)
-        self.write_set.add(Write(codec.table, document_id, old, None))
+        self._changed(codec, document_id, old, None)
+
+    def _changed(self, codec: RowCodec[Any], document_id: str, old: Table | None, new: Table | None) -> None:
+        """A document was written, by whomever: all that follows from it begins here."""
+        if codec.table.is_hidden:
+            self.has_hidden_writes = True
+            return
+        self.write_set.add(Write(codec.table, document_id, old, new))
+
+    @property
+    def now(self) -> float:
+        """`ctx.now` of the mutation: ms since the epoch."""
+        return creation_time_of(self.tick)
 
     @property
     def is_open(self) -> bool:
@@ -258,7 +273,7 @@ class WriteTransaction(ReadTransaction):
         """Open a savepoint for a nested mutation; the result is for `end_nested` or `undo_nested`."""
         self._depth += 1
         self._writer.savepoint(self._depth)
-        return Savepoint(self._depth, self.write_set.copy())
+        return Savepoint(self._depth, self.write_set.copy(), self.has_hidden_writes)
 
     def end_nested(self, savepoint: "Savepoint") -> None:
         """Keep what was written since `begin_nested`."""
@@ -270,7 +285,7 @@ class WriteTransaction(ReadTransaction):
 
         When storage has undone everything, there is nothing left to.
         """
-        self.write_set = savepoint.write_set
+        self.write_set, self.has_hidden_writes = savepoint.write_set, savepoint.has_hidden_writes
         if self._writer.in_transaction:
             self._writer.rollback_to(savepoint.depth)
             self._writer.release(savepoint.depth)
@@ -289,7 +304,7 @@ class WriteTransaction(ReadTransaction):
         if row == old_row:
             return  # invariant 2 of write_set: nothing changed, so nobody is woken
         codec.update(self._writer, row, old_row)
-        self.write_set.add(Write(codec.table, old.id, old, new))
+        self._changed(codec, old.id, old, new)
 
     def _encode(self, codec: RowCodec[Any], document: Table) -> tuple[Any, ...]:
         row = codec.encode(document)

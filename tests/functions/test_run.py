@@ -10,7 +10,7 @@ from engine.clock import cpu_clock
 from engine.errors import FunctionMisuse
 from engine.functions.registry import Function, functions_of, query
 from engine.functions.run import Escaped, Run, RunTimedOut, Watchdog, drive, drive_cooperatively
-from engine.identity import Identity
+from engine.identity import Caller, Identity
 from engine.limits import Limits
 from tests.functions.test_registry import module_of
 
@@ -29,7 +29,7 @@ def function_of() -> Function:
 def run_of(limits: Limits = QUICK, identity: Identity | None = None, *, is_cooperative: bool = False) -> Run:
     function = function_of()
     arguments = function.signature.from_python({})
-    return Run(function, arguments, identity, limits, may_run_long=True, is_cooperative=is_cooperative)
+    return Run(function, arguments, Caller(identity), limits, may_run_long=True, is_cooperative=is_cooperative)
 
 
 @pytest.fixture

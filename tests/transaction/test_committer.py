@@ -102,8 +102,8 @@ class OpenCommitter:
     def submit(self, work: Work, key: LedgerKey | None = None) -> Sent:
         sent = Sent(self.log)
 
-        def execute(transaction: WriteTransaction, tick: int) -> Execution:
-            sent.ticks.append(tick)
+        def execute(transaction: WriteTransaction) -> Execution:
+            sent.ticks.append(transaction.tick)
             return Execution(work(transaction), None)
 
         self.committer.submit(Submission(execute, sent.settle, key))
@@ -204,7 +204,7 @@ async def test_whoever_is_answered_can_read_the_write_and_nobody_before() -> Non
     async with open_committer() as app:
         seen: list[list[str]] = []
 
-        def execute(transaction: WriteTransaction, tick: int) -> Execution:
+        def execute(transaction: WriteTransaction) -> Execution:
             document_id = transaction.insert(Thing(name="a"))
             seen.append(app.names())
             return Execution(document_id.encode(), None)
