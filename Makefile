@@ -21,20 +21,20 @@ run: .venv/installed ## serve the demo app on http://127.0.0.1:3210, reloading f
 	@echo 'For the commands below, in another terminal: . .venv/bin/activate'
 	@$(BIN)/engine dev --database $(DATABASE) --host $(HOST) --port $(PORT)
 
-test: .venv/installed-test $(NODE_MODULES) ## everything: lint, types, tests and the real clients
+test: .venv/installed-dev $(NODE_MODULES) ## everything: lint, types, tests and the real clients
 	@status=0; \
 	$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target lint types || status=1; \
 	$(MAKE) --no-print-directory unit || status=1; \
 	exit $$status
 
-lint: .venv/installed-test ## ruff: rules and format
+lint: .venv/installed-dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/installed-test ## mypy, strict
+types: .venv/installed-dev ## mypy, strict
 	$(BIN)/mypy
 
-unit: .venv/installed-test $(NODE_MODULES) ## pytest, with the official clients in Node and Python
+unit: .venv/installed-dev $(NODE_MODULES) ## pytest, with the official clients in Node and Python
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 bench: .venv/installed-bench ## what it costs; the figures so far are in bench/RESULTS.md

@@ -1,12 +1,12 @@
 """The tables of the demo app: a sports streaming service with watch progress, live viewer counts and chat.
 
-Times are milliseconds since the epoch. Ids are checked for their table; that the document exists is checked by the
-functions that store them.
+Times are milliseconds since the epoch. What belongs to a user, a game or a content is deleted with it (`foreign_key`).
+Who may see and change which row is in `functions/_policies.py`.
 """
 
 from typing import Literal
 
-from engine import Id, Table, index, unique
+from engine import Id, Table, aggregate, foreign_key, index, unique
 
 DeviceType = Literal["desktop", "mobile", "tablet"]
 Quality = Literal["auto", "360p", "480p", "720p", "1080p", "1440p", "2160p"]
@@ -60,6 +60,9 @@ class WatchProgress(Table, name="user_watch_progress"):
     by_last_watched = index("user_id", "last_watched_at")
     # "Continue watching" reads only unfinished rows, however many a user has finished.
     by_user_completed = index("user_id", "completed", "last_watched_at")
+    by_content = index("content_id")
+    user = foreign_key("user_id", on_delete="cascade")
+    content = foreign_key("content_id", on_delete="cascade")
 
 
 class StreamSession(Table, name="live_stream_sessions"):
@@ -73,11 +76,15 @@ class StreamSession(Table, name="live_stream_sessions"):
     active: bool
     device_type: DeviceType
     quality: Quality | None = None
-    # A viewer count reads keys of this index only, so it must not contain the heartbeat.
-    by_game_active = index("game_id", "active")
+    by_game = index("game_id")
+    by_user = index("user_id")
+    # A viewer count is one look-up in this, however many watch; heartbeats do not touch it.
+    viewers = aggregate("game_id", "active")
     by_session = unique("session_id")
     # Stale sessions are `active=True` up to some heartbeat: those that are inactive already are never looked at.
     by_active_heartbeat = index("active", "last_heartbeat")
+    game = foreign_key("game_id", on_delete="cascade")
+    user = foreign_key("user_id", on_delete="set_null")
 
 
 class ChatMessage(Table, name="live_chat_messages"):
@@ -92,3 +99,5 @@ class ChatMessage(Table, name="live_chat_messages"):
     created_at: float
     by_game = index("game_id", "created_at")
     by_user = index("user_id")
+    game = foreign_key("game_id", on_delete="cascade")
+    user = foreign_key("user_id", on_delete="cascade")

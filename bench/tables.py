@@ -10,7 +10,8 @@ from engine.storage.connections import Database
 from engine.storage.ddl import apply_schema
 from engine.storage.rows import RowCodec
 from engine.testing import ManualClock
-from engine.transaction.transaction import Catalog, TickSource, WriteTransaction
+from engine.transaction.reading import Catalog
+from engine.transaction.transaction import TickSource, WriteTransaction
 
 GAME_COUNT = 10
 MESSAGE_COUNT = 10_000  # over all games, in turn

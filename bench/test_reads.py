@@ -11,7 +11,7 @@ import pytest
 from bench.tables import Chat, Message
 from engine.ranges import IndexRange, after, before, key_prefix
 from engine.storage.connections import SnapshotReader
-from engine.transaction.transaction import ReadTransaction
+from engine.transaction.reading import ReadTransaction
 
 Benchmark = Callable[..., Any]
 

@@ -7,25 +7,33 @@ Invariants
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from engine.auth.admin import Authenticator, parse_authorization
 from engine.auth.tokens import Verified
 from engine.clock import Clock
-from engine.errors import AppFault, FunctionNotFound, RequestError, RequestIdReused
-from engine.functions.calls import Call, Outcome
-from engine.functions.registry import FunctionKind
-from engine.functions.runner import QueryRun, Runner
+from engine.errors import AppError, AppFault, ConfigError, FunctionNotFound, RequestError, RequestIdReused
+from engine.functions.disconnects import Disconnects
+from engine.functions.files import Files
+from engine.functions.outcomes import Call, Outcome, QueryRun
+from engine.functions.registry import FunctionKind, Registry
+from engine.functions.requests import Answer, Request, answer_of
+from engine.functions.routes import Route
+from engine.functions.runner import Runner
+from engine.functions.settings import secret_named
+from engine.functions.webhooks import Deliveries
 from engine.identity import Caller, Identity
 from engine.live.live_query import Result
 from engine.live.publisher import Publisher
 from engine.live.view import View
+from engine.observe.explain import Explanation, explain_run
 from engine.sync.backend import ActionOutcome, Credential, MutationOutcome
 from engine.transaction.committer import Committer, Execution, Settled, Submission
 from engine.transaction.ledger import Ledger, LedgerKey
+from engine.transaction.reading import ReadTransaction
 from engine.transaction.snapshots import Snapshots
-from engine.transaction.transaction import ReadTransaction, WriteTransaction
+from engine.transaction.transaction import WriteTransaction
 
 T = TypeVar("T")
 
@@ -41,11 +49,20 @@ class EngineBackend:
         snapshots: Snapshots,
         ledger: Ledger,
         authenticator: Authenticator,
+        disconnects: Disconnects,
         clock: Clock,
     ) -> None:
+        self._disconnects = disconnects
         self._runner, self._committer, self._publisher = runner, committer, publisher
         self._snapshots, self._ledger, self._authenticator, self._clock = snapshots, ledger, authenticator, clock
-        self._tasks: set[asyncio.Task[None]] = set()  # actions under way
+        self._tasks: set[asyncio.Task[None]] = set()  # actions of sessions
+        self._action_count = 0  # under way, of sessions and others
+        self._deliveries = Deliveries(self, runner.limits)
+
+    @property
+    def files(self) -> Files:
+        """For the door of files."""
+        return self._runner.files
 
     # -- of a session
 
@@ -78,6 +95,14 @@ class EngineBackend:
         key = _ledger_key(session_id, request_id, identity, path, arguments)
         self._submit(path, arguments, Caller(identity, session_id=session_id), key, done)
 
+    async def session_mutation(
+        self, path: str, arguments: bytes, identity: Identity | None, session_id: str, request_id: int
+    ) -> MutationOutcome:
+        """The same, awaited."""
+        done: asyncio.Future[MutationOutcome] = asyncio.get_running_loop().create_future()
+        self.start_mutation(path, arguments, identity, session_id, request_id, _into(done))
+        return await done
+
     def start_action(
         self, path: str, arguments: bytes, identity: Identity | None, done: Callable[[ActionOutcome], None]
     ) -> "asyncio.Task[None]":
@@ -91,6 +116,12 @@ class EngineBackend:
 
     async def authenticate(self, credential: Credential) -> Verified:
         return await self._authenticator.authenticate(credential)
+
+    def session_connected(self, session_id: str) -> None:
+        self._disconnects.connected(session_id)
+
+    def session_gone(self, session_id: str, close_code: int | None) -> None:
+        self._disconnects.disconnected(session_id, close_code)
 
     def client_saw(self, session_id: str, up_to_request_id: int) -> None:
         """The client has the answers up to this one: after a while their ledger rows may go."""
@@ -115,9 +146,9 @@ class EngineBackend:
             call = self._resolve("query", path, arguments, is_admin=is_admin)
         except RequestError as error:
             failure = self._runner.failures.of(error, path)
-            return Result(ts=ts, value=None, failure=failure, journal=None, log_lines=())
+            return Result(ts, Outcome(None, failure, ()), None)
         run = await self._run_at(ts, call, _caller(identity, is_admin=is_admin))
-        return Result(ts=ts, value=run.value, failure=run.failure, journal=None, log_lines=run.log_lines)
+        return Result(ts, run.outcome, None)
 
     async def http_mutation(
         self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
@@ -133,8 +164,24 @@ class EngineBackend:
             call = self._resolve("action", path, arguments, is_admin=is_admin)
         except RequestError as error:
             return ActionOutcome(None, self._runner.failures.of(error, path))
-        outcome = await self._runner.run_action(call, _caller(identity, is_admin=is_admin), self)
+        self._action_count += 1
+        try:
+            outcome = await self._runner.run_action(call, _caller(identity, is_admin=is_admin), self)
+        finally:
+            self._action_count -= 1
         return ActionOutcome(outcome.value, outcome.failure, outcome.log_lines)
+
+    async def explain(self, path: str, arguments: bytes, identity: Identity | None) -> Explanation:
+        """Run a query for an operator, and say what it did. Without an identity it runs as for nobody signed in."""
+        call = self._runner.resolve_any(("query",), path, arguments)
+        reader = self._snapshots.lend(self._publisher.ts)
+        assert reader is not None, "the published snapshot is always there"
+        try:
+            transaction = ReadTransaction(reader, self._publisher.catalog, self._runner.limits)
+            run = await self._runner.run_long_query(call, Caller(identity), transaction, self._now_ms(), None)
+            return explain_run(call.function.path, run, transaction)
+        finally:
+            self._snapshots.give_back(reader)
 
     def function_kind(self, path: str, *, is_admin: bool = False) -> FunctionKind | None:
         """The kind of a function that this caller may call; None if there is none of this path."""
@@ -147,6 +194,30 @@ class EngineBackend:
     def retain_snapshot(self) -> int:
         return self._snapshots.retain()
 
+    @property
+    def registry(self) -> Registry:
+        """The functions and routes of the newest code."""
+        return self._runner.registry
+
+    async def run_route(
+        self, route: Route, path_texts: Mapping[str, str], request: Request, identity: Identity | None
+    ) -> Answer:
+        """How a route of the app answers. Raises RequestError."""
+        self._action_count += 1
+        try:
+            if route.webhook is None:
+                return await self._answer(route, path_texts, request, identity)
+            try:
+                secret = secret_named(self._runner.settings, route.webhook.secret)
+                delivery = route.webhook.delivery_of(request, secret, self._now_ms() / 1000)
+            except ConfigError as error:
+                return answer_of(Outcome(None, self._runner.failures.of(error, route.function.path), ()))
+            return await self._deliveries.answer_once(
+                f"{route.method} {route.path}", delivery, lambda: self._answer(route, path_texts, request, identity)
+            )
+        finally:
+            self._action_count -= 1
+
     async def authenticate_header(self, authorization: str) -> Verified:
         return await self._authenticator.authenticate(parse_authorization(authorization))
 
@@ -154,10 +225,12 @@ class EngineBackend:
 
     async def run_query(self, call: Call, caller: Caller) -> Outcome:
         run = await self._run_at(self._publisher.ts, call, caller)
-        return Outcome(run.value, run.failure, run.log_lines)
+        return run.outcome
 
     async def run_mutation(self, call: Call, caller: Caller) -> Outcome:
-        settled = await self._commit(lambda transaction: self._runner.execute_mutation(call, caller, transaction))
+        settled = await self._commit(
+            lambda transaction: self._runner.execute_mutation(call, caller, transaction), call.function.path
+        )
         if settled.error is not None:
             return Outcome(None, self._runner.failures.of(settled.error, call.function.path), ())
         assert settled.execution is not None
@@ -172,7 +245,7 @@ class EngineBackend:
             transaction.lift_limits()
             try:
                 results.append(work(transaction, transaction.now))
-            except (RequestError, AppFault) as error:  # what an action asked for cannot be written
+            except (RequestError, AppError, AppFault) as error:  # it cannot be written, or a trigger refuses it
                 return Execution(None, error)
             return Execution(b"null", None)
 
@@ -184,13 +257,25 @@ class EngineBackend:
             raise settled.execution.detail
         return results[-1]  # it runs again when storage undid its group
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no action is under way that a client or the program asked for."""
+        return self._action_count == 0
+
     async def close(self) -> None:
         """Cancel the actions that are under way."""
+        await self._deliveries.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # -- inside
+
+    async def _answer(
+        self, route: Route, path_texts: Mapping[str, str], request: Request, identity: Identity | None
+    ) -> Answer:
+        call = self._runner.call_of_route(route, path_texts, request)
+        return answer_of(await self._runner.run_action(call, Caller(identity), self, request))
 
     async def _run_at(self, ts: int, call: Call, caller: Caller) -> QueryRun:
         """Run a query on a snapshot that stays while the run pauses. Raises RequestError when it is gone."""
@@ -206,9 +291,9 @@ class EngineBackend:
         finally:
             self._snapshots.give_back(reader)
 
-    async def _commit(self, execute: Callable[[WriteTransaction], Execution]) -> Settled:
+    async def _commit(self, execute: Callable[[WriteTransaction], Execution], function: str = "") -> Settled:
         done: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
-        self._committer.submit(Submission(execute, _into(done)))
+        self._committer.submit(Submission(execute, _into(done), function=function))
         return await done
 
     def _submit(
@@ -243,7 +328,7 @@ class EngineBackend:
 
         try:
             call = self._resolve("mutation", path, arguments, is_admin=is_admin)
-            self._committer.submit(Submission(execute, settle, key))
+            self._committer.submit(Submission(execute, settle, key, call.function.path))
         except RequestError as error:
             done(MutationOutcome(None, None, self._runner.failures.of(error, path)))
 

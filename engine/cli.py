@@ -56,8 +56,10 @@ from engine.errors import (
 )
 from engine.functions.loader import load_app
 from engine.functions.registry import Function
+from engine.identity import Identity
 from engine.ids import IdOf
 from engine.live.live_query import Result
+from engine.observe.explain import Explanation, text_of
 from engine.observe.log import set_up_logging
 from engine.server.process import check_free, end_on_failure, serving_process, stop_signals
 from engine.storage.connections import lock_holder
@@ -221,13 +223,10 @@ def run(app: Path, database: Path | None, identity: str | None, path: str, argum
     """
     asked = _Asked(path, _parse_arguments(arguments), _parse_identity(identity))
     database = database_path(app, database)
-    holder = lock_holder(database)
-    if holder is not None and holder.address is not None and holder.key is not None:
-        limits = load_config(app).limits
-        outcome = _run_there(holder.address, holder.key, asked, seconds_max=limits.action_seconds_max)
+    server = _server_of(database)
+    if server is not None:
+        outcome = _run_there(server, asked, seconds_max=load_config(app).limits.action_seconds_max)
     else:
-        check_free(database)
-        set_up_logging(level=logging.WARNING)
         outcome = run_loop(_run_here(app, database, asked))
     for line in outcome.log_lines:
         click.echo(line, err=True)
@@ -236,6 +235,53 @@ def run(app: Path, database: Path | None, identity: str | None, path: str, argum
         raise FunctionFailed(outcome.error_message + data)
     assert outcome.value is not None, "a function that succeeded has a value"
     click.echo(_pretty(outcome.value))
+
+
+@main.command()
+@app_option
+@database_option
+@click.option("--identity", metavar="USER", help="Ask as a user; without, nobody is signed in.")
+@click.argument("path")
+@click.argument("arguments", default="{}", metavar="[JSON]")
+def explain(app: Path, database: Path | None, identity: str | None, path: str, arguments: str) -> None:
+    """Run a query, and say what it read, what it cost, who shares it and what would run it again.
+
+    \b
+    engine explain games:list
+    engine explain chat:get_messages '{"gameId": "…"}' --identity alice
+    """
+    asked = _Asked(path, _parse_arguments(arguments), _parse_identity(identity))
+    database = database_path(app, database)
+    server = _server_of(database)
+    explanation = (
+        msgspec.convert(_ask_there(server, "explain", asked, seconds_max=_ANSWER_SECONDS), Explanation)
+        if server is not None
+        else run_loop(_explain_here(app, database, asked))
+    )
+    click.echo(text_of(explanation))
+
+
+async def _explain_here(app: Path, database: Path, asked: "_Asked") -> Explanation:
+    async with Engine.open(app, database, mode="development") as engine:
+        end_on_failure(engine, exit_code_of)
+        return await engine.backend.explain(asked.path, asked.arguments, _identity_of(asked))
+
+
+class _Server(msgspec.Struct, frozen=True):
+    """The process that serves a database, and the key that it listens to."""
+
+    address: str
+    key: str
+
+
+def _server_of(database: Path) -> _Server | None:
+    """None when nobody serves the database: then it is free to be opened here."""
+    holder = lock_holder(database)
+    if holder is not None and holder.address is not None and holder.key is not None:
+        return _Server(holder.address, holder.key)
+    check_free(database)
+    set_up_logging(level=logging.WARNING)
+    return None
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -306,7 +352,7 @@ async def _run_here(app: Path, database: Path, asked: _Asked) -> _Outcome:
 
 
 async def _call(backend: EngineBackend, asked: _Asked) -> Result | MutationOutcome | ActionOutcome:
-    identity = None if asked.acting_as is None else identity_of_attributes(asked.acting_as)
+    identity = _identity_of(asked)
     match backend.function_kind(asked.path, is_admin=True):
         case "query":
             return await backend.http_query(asked.path, asked.arguments, identity, is_admin=True)
@@ -318,29 +364,38 @@ async def _call(backend: EngineBackend, asked: _Asked) -> Result | MutationOutco
             raise FunctionNotFound(asked.path, "query, mutation or action")
 
 
-def _run_there(address: str, key: str, asked: _Asked, *, seconds_max: float) -> _Outcome:
+def _identity_of(asked: _Asked) -> Identity | None:
+    return None if asked.acting_as is None else identity_of_attributes(asked.acting_as)
+
+
+def _run_there(server: _Server, asked: _Asked, *, seconds_max: float) -> _Outcome:
     """By the process that serves the database."""
-    authorization = f"Convex {key}"
-    if asked.acting_as is not None:
-        authorization += f":{b64encode(json.dumps(asked.acting_as).encode()).decode()}"
-    body = b'{"path":%b,"format":"convex_encoded_json","args":%b}' % (json.dumps(asked.path).encode(), asked.arguments)
-    request = urllib.request.Request(  # noqa: S310 - the address stands in our own lock file
-        f"{address}/api/function", body, {"Content-Type": "application/json", "Authorization": authorization}
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on this machine
-    try:
-        with opener.open(request, timeout=seconds_max + _ANSWER_SECONDS) as response:
-            answer = json.load(response)
-    except urllib.error.HTTPError as refusal:
-        with refusal:
-            raise _refused(refusal.code, refusal.read()) from refusal
-    except OSError as cause:
-        raise Overloaded(f"{address} does not answer: {cause}") from cause
+    answer = _ask_there(server, "function", asked, seconds_max=seconds_max)
     log_lines = tuple(answer.get("logLines", ()))
     if answer["status"] == "success":
         return _Outcome(json.dumps(answer["value"]).encode(), None, log_lines)
     data = json.dumps(answer["errorData"]).encode() if "errorData" in answer else None
     return _Outcome(data, answer["errorMessage"], log_lines)
+
+
+def _ask_there(server: _Server, endpoint: str, asked: _Asked, *, seconds_max: float) -> Any:
+    """What an endpoint of that process answers."""
+    authorization = f"Convex {server.key}"
+    if asked.acting_as is not None:
+        authorization += f":{b64encode(json.dumps(asked.acting_as).encode()).decode()}"
+    body = b'{"path":%b,"format":"convex_encoded_json","args":%b}' % (json.dumps(asked.path).encode(), asked.arguments)
+    request = urllib.request.Request(  # noqa: S310 - the address stands in our own lock file
+        f"{server.address}/api/{endpoint}", body, {"Content-Type": "application/json", "Authorization": authorization}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on this machine
+    try:
+        with opener.open(request, timeout=seconds_max + _ANSWER_SECONDS) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as refusal:
+        with refusal:
+            raise _refused(refusal.code, refusal.read()) from refusal
+    except OSError as cause:
+        raise Overloaded(f"{server.address} does not answer: {cause}") from cause
 
 
 def _refused(status: int, body: bytes) -> EngineError:
@@ -364,8 +419,8 @@ def _refused(status: int, body: bytes) -> EngineError:
 def functions(app: Path, with_internal: bool) -> None:
     """List the functions of an app.
 
-    Path, kind, and arguments with their types. No database is opened; this also checks that schema.py and functions/
-    are in order.
+    Path, kind, and arguments with their types, then the HTTP routes likewise. No database is opened; this also checks
+    that schema.py and functions/ are in order.
 
     \b
     engine functions
@@ -373,7 +428,9 @@ def functions(app: Path, with_internal: bool) -> None:
     """
     registry = load_app(app, load_config(app).limits).registry
     shown = [function for function in registry.by_path.values() if with_internal or not function.is_internal]
-    rows = [(function.path, function.kind, describe(function)) for function in sorted(shown, key=lambda f: f.path)]
+    listed = sorted(shown, key=lambda function: function.path)
+    rows: list[tuple[str, str, str]] = [(function.path, function.kind, describe(function)) for function in listed]
+    rows += [(route.path, route.method, describe(route.function)) for route in registry.routes.routes]
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     for path, kind, text in rows:
         click.echo(f"{path:{widths[0]}}  {kind:{widths[1]}}  {text}")

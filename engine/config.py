@@ -7,10 +7,16 @@ Invariants
 
     host = "127.0.0.1"
     port = 3210
+    public_url = "https://api.example"              # where clients reach it, if not at host and port: behind a proxy
     allowed_origins = ["https://app.example"]       # none: any origin, since no cookie ever signs anybody in
+    trusted_proxies = ["10.0.0.0/8"]                # whose X-Forwarded-For says where a request comes from
 
     [limits]
     run_ms_max = 2_000                              # any name of `limits.py`
+
+    [rate_limits."chat:send"]                       # over what a module of functions/ declares
+    count = 5
+    seconds = 10
 
     [[auth.providers]]
     issuer = "https://login.example/"
@@ -18,14 +24,25 @@ Invariants
     jwks = "https://login.example/.well-known/jwks.json"   # or a file, or the JSON itself
     algorithms = ["RS256"]                          # default: RS256, ES256, EdDSA
 
+    [storage]                                       # uploaded files: beside the database, unless a bucket is named
+    bucket = "live-files"                           # the other keys: `storage/s3.py`
+
+    [app]                                           # the app's own settings: `functions/settings.py`
+    max_viewers = 10
+
+    [policies]
+    deny = ["*"]                                    # tables (or all) that clients reach only through a @policy
+
     [admin]
     key_sha256 = ["…"]                              # `engine admin-key` makes one; two while one replaces the other
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -35,7 +52,10 @@ import msgspec
 from engine.auth.jwks import key_set_of, parse_key_set
 from engine.auth.providers import DEFAULT_ALGORITHMS, HMAC_ALGORITHM, AuthProvider, FixedKeys, RemoteKeys, SharedSecret
 from engine.errors import ConfigError
+from engine.functions.rate_limits import RateOverride
+from engine.functions.settings import VARIABLE_PREFIX, Given
 from engine.limits import Limits
+from engine.storage.s3 import S3Location
 
 CONFIG_FILE = "engine.toml"
 Mode = Literal["development", "production"]
@@ -54,9 +74,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 3210  # 0: any free one
     allowed_origins: tuple[str, ...] = ()  # scheme://host[:port] each; empty: any
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()  # whose X-Forwarded-For is believed
     limits: Limits = Limits()
+    rate_limits: Mapping[str, RateOverride] = {}  # by the name of the rate limit
     providers: tuple[AuthProvider, ...] = ()
+    denied_tables: tuple[str, ...] = ()  # reached by clients through a policy only; "*": all
     admin_key_digests: tuple[str, ...] = ()  # SHA-256, lower-case hexadecimal
+    public_url: str | None = None  # scheme://host[:port] where clients reach it; None: as it listens
+    storage: S3Location | None = None  # None: files lie beside the database
 
     @property
     def is_public(self) -> bool:
@@ -83,6 +108,10 @@ class _Admin(msgspec.Struct, forbid_unknown_fields=True):
     key_sha256: list[str] = []
 
 
+class _Policies(msgspec.Struct, forbid_unknown_fields=True):
+    deny: list[str] = []
+
+
 class _File(msgspec.Struct, forbid_unknown_fields=True):
     """`engine.toml` as it is written."""
 
@@ -90,9 +119,15 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 3210
     allowed_origins: list[str] = []
+    trusted_proxies: list[str] = []
+    public_url: str | None = None
     limits: Limits = Limits()
+    rate_limits: dict[str, RateOverride] = {}
     auth: _Auth = msgspec.field(default_factory=_Auth)
     admin: _Admin = msgspec.field(default_factory=_Admin)
+    policies: _Policies = msgspec.field(default_factory=_Policies)
+    storage: S3Location | None = None
+    app: dict[str, Any] = {}  # read by `read_settings`, each time anew
 
 
 def load_config(app_dir: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -102,6 +137,20 @@ def load_config(app_dir: str | Path, overrides: Mapping[str, Any] | None = None)
     """
     path = Path(app_dir) / CONFIG_FILE
     return _Loader(path, _read_toml(path), overrides or {}).load()
+
+
+def read_settings(app_dir: str | Path, options: Mapping[str, Any]) -> dict[str, Given]:
+    """What is set for the app: `[app]` of its file, over it the variables `APP_*`, over both `options`."""
+    path = Path(app_dir) / CONFIG_FILE
+    table = _read_toml(path).get("app", {})
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{path}: app: expected a table, [app]")
+    given = {name: Given(f"{path}: app.{name}", value) for name, value in table.items()}
+    for variable, text in os.environ.items():
+        if variable.startswith(VARIABLE_PREFIX):
+            name = variable.removeprefix(VARIABLE_PREFIX).lower()
+            given[name] = Given(f"the variable {variable}", text, is_text=True)
+    return given | {name: Given(f"options: app.{name}", value) for name, value in options.items()}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -138,12 +187,19 @@ class _Loader:
             mode=file.mode,
             host=file.host,
             port=file.port,
-            allowed_origins=tuple(self._origin(index, text) for index, text in enumerate(file.allowed_origins)),
+            allowed_origins=tuple(
+                self._origin(f"allowed_origins[{index}]", text) for index, text in enumerate(file.allowed_origins)
+            ),
+            trusted_proxies=tuple(self._network(index, text) for index, text in enumerate(file.trusted_proxies)),
             limits=file.limits,
+            rate_limits=file.rate_limits,
             providers=tuple(
                 self._provider(f"auth.providers[{i}]", p, file.mode) for i, p in enumerate(file.auth.providers)
             ),
+            denied_tables=tuple(file.policies.deny),
             admin_key_digests=self._digests(file.admin.key_sha256),
+            public_url=None if file.public_url is None else self._origin("public_url", file.public_url.rstrip("/")),
+            storage=file.storage,
         )
 
     def _where(self, key: str) -> str:
@@ -152,7 +208,8 @@ class _Loader:
     def _error(self, key: str, expectation: str, *, is_value_shown: bool = True) -> ConfigError:
         """`engine.toml: limits.run_ms_max = "x": expected int, got str`."""
         value = _value_at(self._values, key)
-        is_secret = key.endswith(".secret") or key.startswith("admin.")  # 3: a key may stand where its digest should
+        # 3: a key may stand where its digest should, and a setting may be anything
+        is_secret = key.endswith(".secret") or key.startswith("admin.") or key == "app"
         is_value_shown &= isinstance(value, str | int | float) and not is_secret
         shown = f" = {repr(value)[:_SHOWN_LENGTH_MAX]}" if is_value_shown else ""
         return ConfigError(f"{self._where(key)}: {key or 'the file'}{shown}: {expectation}")
@@ -170,6 +227,11 @@ class _Loader:
             inner = fields[key]
             if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
                 self._check_keys(value, inner, f"{prefix}{key}.")
+            elif inner == dict[str, RateOverride] and isinstance(value, Mapping):
+                for name, item in value.items():
+                    self._check_keys(item, RateOverride, f"{prefix}{key}.{name}.")
+            elif inner == S3Location | None:
+                self._check_keys(value, S3Location, f"{prefix}{key}.")
             elif inner == list[_Provider] and isinstance(value, list):
                 for index, item in enumerate(value):
                     self._check_keys(item, _Provider, f"{prefix}{key}[{index}].")
@@ -179,10 +241,17 @@ class _Loader:
             if getattr(limits, name) < 1:
                 raise self._error(f"limits.{name}", "expected at least 1")
 
-    def _origin(self, index: int, text: str) -> str:
+    def _origin(self, key: str, text: str) -> str:
         if _ORIGIN.fullmatch(text.lower()) is None:
-            raise self._error(f"allowed_origins[{index}]", 'expected scheme://host[:port], as in "https://app.example"')
+            raise self._error(key, 'expected scheme://host[:port], as in "https://app.example"')
         return text.lower()
+
+    def _network(self, index: int, text: str) -> IPv4Network | IPv6Network:
+        try:
+            return ip_network(text)
+        except ValueError as cause:
+            expectation = f'expected an address or a network, as in "10.0.0.0/8": {cause}'
+            raise self._error(f"trusted_proxies[{index}]", expectation) from cause
 
     def _digests(self, digests: list[str]) -> tuple[str, ...]:
         if len(digests) > _ADMIN_KEY_COUNT_MAX:

@@ -31,8 +31,10 @@ from engine.cli import (
 from engine.clock import SystemClock
 from engine.config import CONFIG_FILE, Config
 from engine.errors import DeveloperError
+from engine.events import Events, Reran
 from engine.functions.registry import Registry
 from engine.observe.log import set_up_logging
+from engine.observe.pushes import PushTrace, text_of
 from engine.server.development import development_routes
 from engine.server.process import check_free, end_on_failure, serving_process, stop_signals
 
@@ -110,16 +112,17 @@ async def reload_on_save(saves: Saves, reload: Callable[[], Awaitable[None]], co
     """Call `reload` at each save; it raises, and has changed nothing, if the code is wrong (1)."""
     while saved := await saves.next():
         names = ", ".join(sorted(saved))
-        if saved == {CONFIG_FILE}:
-            console.print(f"{names}: stop and start again to use it.", style="yellow", markup=False)
-            continue
         try:
             await reload()
         except Exception as error:  # noqa: BLE001 - a door: whatever the app's code raises is its author's to see
             console.print(f"{names}: not loaded, the old code goes on serving.", style="bold red", markup=False)
             console.print(explain(error), markup=False, highlight=False, soft_wrap=True)
         else:
-            console.print(f"{names}: the new code is live.", style="green", markup=False)
+            what = "settings are" if saved == {CONFIG_FILE} else "code is"
+            console.print(f"{names}: the new {what} live.", style="green", markup=False)
+            if CONFIG_FILE in saved:
+                rest = "What is not under [app] needs a new start: stop and start again."
+                console.print(rest, style="yellow", markup=False)
 
 
 def explain(error: Exception) -> str:
@@ -159,7 +162,8 @@ def _example_call(registry: Registry) -> str:
 @app_option
 @database_option
 @address_options
-def dev(app: Path, database: Path | None, host: str | None, port: int | None) -> None:
+@click.option("--trace", is_flag=True, help="Print why each query runs again; GET /dev/pushes has it in any case.")
+def dev(app: Path, database: Path | None, host: str | None, port: int | None, trace: bool) -> None:
     """Serve an app while you write it.
 
     Save a file and it is live; errors are shown whole; anybody can log in:
@@ -170,17 +174,30 @@ def dev(app: Path, database: Path | None, host: str | None, port: int | None) ->
     engine dev --app examples/chat --port 3211
     """
     set_up_logging(level=logging.WARNING)
-    run_loop(_serve(app, database_path(app, database), configuration(app, "development", host, port)))
+    config = configuration(app, "development", host, port)
+    run_loop(_serve(app, database_path(app, database), config, does_print_pushes=trace))
 
 
-async def _serve(app: Path, database: Path, config: Config) -> None:
-    console, clock = Console(stderr=True), SystemClock()
+async def _serve(app: Path, database: Path, config: Config, *, does_print_pushes: bool) -> None:
+    console, clock, events = Console(stderr=True), SystemClock(), Events()
+
+    def print_push(push: Reran) -> None:
+        if does_print_pushes:
+            console.print(text_of(push), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    trace = PushTrace(events, print_push)
     check_free(database)
     issuer = DevelopmentIssuer.open(database, clock)
     with stop_signals() as stop:
         async with (
             serving_process(
-                app, database, config, clock, providers=[issuer.provider], extra_routes=development_routes(issuer)
+                app,
+                database,
+                config,
+                clock,
+                providers=[issuer.provider],
+                extra_routes=development_routes(issuer, trace),
+                events=events,
             ) as (engine, address),
             Saves(app, stop) as saves,
         ):

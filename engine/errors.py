@@ -8,6 +8,8 @@
     │   ├── InvalidCursor         a pagination cursor that this query did not make
     │   ├── AuthenticationFailed  a credential was refused
     │   ├── Forbidden             this caller may not do that
+    │   ├── RateLimited           too often: try again after `retry_after_ms`
+    │   ├── SessionRequired       this needs a client that stays connected: it cannot be asked over HTTP
     │   ├── RequestIdReused       a (session id, request id) was used for another request before
     │   ├── Overloaded            a bound of the whole engine: try again
     │   │   └── StorageFull       the disk is full: reads go on, writes fail until there is room
@@ -15,16 +17,19 @@
     ├── AppError                  the app's, raised on purpose: its data reaches the client
     ├── AppFault                  the app's mistakes, as a function meets them; redacted in production
     │   ├── DocumentNotFound      patch, replace or delete of a document that is not there
-    │   ├── UniqueViolation       a write would put a second document at one key of a `unique(...)`
+    │   ├── ConstraintViolation   a write that the tables do not allow: `table`, `field` and `value` say which
+    │   │   ├── UniqueViolation       it would put a second document at one key of a `unique(...)`
+    │   │   ├── ForeignKeyViolation   it would leave a document that names one that is not there
+    │   │   ├── TotalOverflow         it would take a sum of an `aggregate(...)` beyond 64 bits
+    │   │   └── InvalidDocument       a document does not fit its table: a type, or bounds of `msgspec.Meta`
     │   ├── NotUnique             `.unique()` met a second document
-    │   ├── InvalidDocument       a document does not fit its table
     │   ├── InvalidResult         a function returned what its annotation or the protocol does not allow
     │   ├── FunctionMisuse        a function did what its kind may not: I/O in a query, a write from a query
     │   └── FunctionFailed        any other exception in a function; the cause is the app's own exception
     ├── DeveloperError            found at start or reload: nothing was changed
     │   ├── SchemaError           `schema.py` is wrong, or existing rows do not fit it
     │   ├── RegistryError         a module of `functions/` is wrong
-    │   └── ConfigError           `engine.toml` or a command-line option is wrong
+    │   └── ConfigError           `engine.toml`, a setting or a command-line option is wrong
     └── InternalError             ours: a bug, or storage that cannot be trusted; the process stops
         └── CommitUnknown         COMMIT failed in a way that says nothing about the disk; nothing was answered
 
@@ -86,6 +91,22 @@ class Forbidden(RequestError):
     code = "Forbidden"
 
 
+class RateLimited(RequestError):
+    """Somebody does something too often; official clients find `retry_after_ms` in the data of the error."""
+
+    code = "RateLimited"
+
+    def __init__(self, name: str, *, count: int, per_ms: int, retry_after_ms: int) -> None:
+        super().__init__(f"{name}: {count:,} in {per_ms:,} ms allowed. Try again in {retry_after_ms:,} ms.")
+        self.name, self.retry_after_ms = name, retry_after_ms
+
+
+class SessionRequired(RequestError):
+    """What was asked is about the caller's connection, and it has none that stays."""
+
+    code = "SessionRequired"
+
+
 class RequestIdReused(RequestError):
     code = "RequestIdReused"
 
@@ -134,22 +155,60 @@ class DocumentNotFound(AppFault):
         )
 
 
-class UniqueViolation(AppFault):
+class ConstraintViolation(AppFault):
+    """A write that the tables do not allow; a function that catches it can tell its client in its own words."""
+
+    code = "ConstraintViolation"
+
+    def __init__(self, message: str, *, table: str | None = None, field: str | None = None, value: Any = None) -> None:
+        super().__init__(message)
+        self.table = table  # None: it names no table
+        self.field = field  # None: it is no matter of one field
+        self.value = value  # of that field
+
+
+class UniqueViolation(ConstraintViolation):
     code = "UniqueViolation"
 
     def __init__(self, table: str, index: str, values: dict[str, Any]) -> None:
+        """`values`: by field, in the order of the index; of several fields, `field` and `value` are the last one's."""
+        field, value = list(values.items())[-1]
         super().__init__(
-            f"{table}.{index}: a document with {values!r} is there already. Patch that one, or use other values."
+            f"{table}.{index}: a document with {values!r} is there already. Patch that one, or use other values.",
+            table=table,
+            field=field,
+            value=value,
         )
-        self.table, self.index, self.values = table, index, values
+        self.index, self.values = index, values
+
+
+class ForeignKeyViolation(ConstraintViolation):
+    """`table`, `field` and `value` are of the document that names another one, also when it is that one's delete."""
+
+    code = "ForeignKeyViolation"
+
+
+class TotalOverflow(ConstraintViolation):
+    """`field` is the summed one."""
+
+    code = "TotalOverflow"
+
+    def __init__(self, table: str, aggregate: str, field: str) -> None:
+        super().__init__(
+            f"{table}.{aggregate}: the sum of {field!r} would not fit 64 bits. Store a coarser unit in that field, or "
+            "leave it out of sum=(…).",
+            table=table,
+            field=field,
+        )
+        self.aggregate = aggregate
+
+
+class InvalidDocument(ConstraintViolation):
+    code = "InvalidDocument"
 
 
 class NotUnique(AppFault):
     code = "NotUnique"
-
-
-class InvalidDocument(AppFault):
-    code = "InvalidDocument"
 
 
 class InvalidResult(AppFault):

@@ -36,6 +36,24 @@ class ResultChanged(Event, frozen=True):
     ts: int
 
 
+class Cause(msgspec.Struct, frozen=True):
+    """Why a live query runs again."""
+
+    ts: int  # of the commit
+    function: str  # path of the mutation that wrote; empty: the engine itself
+    write: str  # `table/id`; empty: nothing was written, a moment has come
+    read: str  # what of the query's reads it falls into, in words
+
+
+class Reran(Event, frozen=True):
+    """A live query ran again; only told while somebody traces (`Events.trace`)."""
+
+    path: str
+    arguments: bytes  # JSON, as the first who asked sent them
+    cause: Cause
+    is_changed: bool  # whether subscribers were sent anything
+
+
 class MutationRan(Event, frozen=True):
     path: str
     committed: bool
@@ -54,6 +72,12 @@ class FunctionFaulted(Event, frozen=True):
     error: BaseException
 
 
+class ClockRead(Event, frozen=True):
+    """A query asked what time it is, and nothing will run it again when that has changed its result."""
+
+    path: str
+
+
 class CodeReloaded(Event, frozen=True):
     function_count: int
 
@@ -63,16 +87,29 @@ class JobFinished(Event, frozen=True):
     state: str
 
 
+class DisconnectRan(Event, frozen=True):
+    """A mutation ran that was registered for the end of a session."""
+
+    path: str
+    succeeded: bool
+
+
 class Events:
     """The listeners of one engine."""
 
     def __init__(self) -> None:
         self.listeners: list[Callable[[Event], None]] = []
+        self.is_traced = False  # whether reasons are wanted too, which cost time to find
 
     def listen(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call `listener` for each event from now on; the returned function ends that."""
         self.listeners.append(listener)
         return lambda: self.listeners.remove(listener)
+
+    def trace(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """As `listen`, and be told of reasons too from now on."""
+        self.is_traced = True
+        return self.listen(listener)
 
     def emit(self, event: Event) -> None:
         for listener in self.listeners:

@@ -20,6 +20,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     schedule_count_max: int = 1_000  # jobs one run may schedule
     schedule_size_bytes_max: int = 16 << 20  # arguments of all of them
     nesting_depth_max: int = 8  # run_query in run_query in …
+    trigger_depth_max: int = 16  # triggers that set off each other
+    rate_limit_key_length_max: int = 256  # it may come from a client, and is kept
+    search_text_length_max: int = 1_024  # characters that somebody typed
+    search_word_count_max: int = 16  # of one search: each is looked up for every document that has the others
+    search_match_count_max: int = 1_024  # documents that one search ranks: the newest that match
     log_line_count_max: int = 256  # per run; the rest is counted, not kept
     log_line_size_bytes_max: int = 4_096
     action_seconds_max: int = 600
@@ -39,6 +44,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     query_count_max: int = 1_000  # subscriptions of one session
     mutation_queue_count_max: int = 256  # then reading from that socket pauses
     action_concurrent_count_max: int = 16
+    disconnect_count_max: int = 100  # mutations that one session has registered for its end
+    disconnect_grace_ms: int = 10_000  # a client that lost its connection is back by then
+    disconnect_grace_closed_ms: int = 2_000  # the same for a tab that was closed: it is back if it was reloaded
     message_size_bytes_max: int = 32 << 20  # below this a client resends for ever what we close on
     message_before_connect_size_bytes_max: int = 64 << 10
     send_buffer_high_water_bytes: int = 64 << 10  # past it the session lags and skips to the newest state
@@ -63,9 +71,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ledger_row_count_max: int = 5_000_000
     snapshot_retained_seconds: int = 30  # /api/query_at_ts
     snapshot_retained_interval_seconds: int = 5
+    moment_interval_ms: int = 10  # moments closer together share a commit: each is an fsync
     scheduler_batch_count: int = 100  # due jobs started at once, so that a backlog starves nobody
 
     # -- HTTP
     http_body_size_bytes_max: int = 17 << 20
     http_body_seconds_max: int = 30
     http_header_seconds_max: int = 10
+    file_size_bytes_max: int = 20 << 20  # of an upload
+    file_upload_seconds_max: int = 120  # from its first byte to its last
+    file_upload_count_max: int = 64  # at once: each holds a thread's time and room on the disk
+    file_upload_address_seconds: int = 3_600  # how long the address of an upload is good
+    file_download_count_max: int = 1_000  # at once: each holds an open file
+    route_body_size_bytes_max: int = 1 << 20  # of a request to a route of the app: it is read whole, by anybody's wish
+    webhook_delivery_seconds_kept: int = 3 * 86_400  # senders try for three days
+    webhook_delivery_count_max: int = 100_000
+    webhook_answer_size_bytes_max: int = 64 << 10  # it is kept as long as the delivery

@@ -73,6 +73,29 @@ class IndexRange(msgspec.Struct, frozen=True):
                 return self.start[:size]
         return self.start[: min(len(self.start), len(self.end)) - 1]
 
+    def ahead_of(self, key: OrderKey, *, descending: bool) -> "IndexRange":
+        """The part that a scan passes before it comes to this full key."""
+        if descending:
+            return IndexRange(self.table, self.index, after(key[:-1]), self.end)
+        return IndexRange(self.table, self.index, self.start, before(key[:-1]))
+
+    def rest_from(self, key: OrderKey, *, descending: bool) -> "IndexRange":
+        """The part that a scan reads from this full key on."""
+        if descending:
+            return IndexRange(self.table, self.index, self.start, after(key[:-1]))
+        return IndexRange(self.table, self.index, before(key[:-1]), self.end)
+
+    def text(self, columns: Sequence[str]) -> str:
+        """For people: `chat.by_game: game_id='…', created_at from 5.0`, given the names of the index's columns."""
+        equal, _ = columns_of((*self.prefix, LOW))
+        parts = [f"{column}={value!r}" for column, value in zip(columns, equal, strict=False)]
+        for cut, words in ((self.start, ("from", "after")), (self.end, ("before", "up to"))):
+            values, is_after = columns_of(cut)
+            named = [f"{column} {value!r}" for column, value in zip(columns, values, strict=False)][len(equal) :]
+            if named:
+                parts.append(f"{words[is_after]} {', '.join(named)}")
+        return f"{self.table}.{self.index}: {', '.join(parts) or 'all'}"
+
     def cut_at(self, last_key: OrderKey, *, descending: bool) -> "IndexRange":
         """The part that a scan consumed when `last_key` (a full key) was the last row it looked at."""
         if descending:

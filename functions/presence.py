@@ -1,12 +1,13 @@
 """Who is watching which game right now.
 
-A player joins, sends a heartbeat every 30 seconds and leaves. One that only vanishes is marked inactive by
-`expire_sessions` once it has been silent for two minutes. A heartbeat that comes after that brings it back, so a
-viewer who was offline for a while is counted again.
+A player joins, sends a heartbeat every 30 seconds and leaves. One whose connection is gone leaves by itself, within
+seconds (`on_disconnect`). The net under that, for players that speak HTTP: `expire_sessions` marks those inactive that
+were silent for two minutes. A heartbeat that comes after that brings a session back, so a viewer who was offline for a
+while is counted again.
 
 Invariants
   1. A session id has one row (`by_session` is unique), so a player is counted in one game at most.
-  2. A heartbeat of an active session changes no key that a viewer count reads.
+  2. A heartbeat of an active session changes no number that a viewer count reads.
 """
 
 from typing import Annotated
@@ -47,6 +48,8 @@ async def join(
         await ctx.db.insert(session)
     else:
         await ctx.db.replace(earlier.id, session)
+    if ctx.session.is_open:
+        await ctx.session.on_disconnect(leave, session_id=session_id)
 
 
 @mutation
@@ -56,6 +59,8 @@ async def heartbeat(ctx: MutationCtx, session_id: SessionId, game_id: Id[Game]) 
     if session is None or session.game_id != game_id:
         raise AppError({"code": "SESSION_NOT_FOUND", "message": "This session has not joined this game."})
     await ctx.db.patch(session.id, last_heartbeat=ctx.now, active=True)
+    if ctx.session.is_open:  # again: a client that connected anew may have another session
+        await ctx.session.on_disconnect(leave, session_id=session_id)
 
 
 @mutation
@@ -64,13 +69,15 @@ async def leave(ctx: MutationCtx, session_id: SessionId) -> None:
     session = await _session(ctx, session_id)
     if session is not None and session.active:
         await ctx.db.patch(session.id, active=False)
+    if ctx.session.is_open:
+        await ctx.session.cancel_on_disconnect(leave, session_id=session_id)
 
 
 @query
 async def get_viewer_count(ctx: QueryCtx, game_id: Id[Game]) -> dict[str, int]:
     """`{"viewerCount": n}`: it runs again when somebody comes or goes, not at heartbeats."""
-    viewers = ctx.db.query(StreamSession.by_game_active, game_id=game_id, active=True)
-    return {"viewerCount": await viewers.count()}
+    viewers = await ctx.db.total(StreamSession.viewers, game_id=game_id, active=True)
+    return {"viewerCount": viewers.count}
 
 
 @cron(minutes=1)

@@ -2,11 +2,41 @@
 
 from typing import Any, Literal
 
+from msgspec import Struct
+
 from engine import AppError, Id, MutationCtx, QueryCtx, mutation, query
-from functions._users import find_user
+from functions._users import find_user, user_id_for
 from schema import Permission, User
 
 _NAME_LENGTH_MAX = 100  # it is copied into every chat message
+
+
+class Viewer(Struct, frozen=True):
+    """What policies judge by."""
+
+    user_id: Id[User] | None
+    is_admin: bool
+
+
+@query(internal=True)
+async def viewer(ctx: QueryCtx) -> Viewer:
+    """Who asks."""
+    user = await find_user(ctx)
+    return Viewer(None, False) if user is None else Viewer(user.id, user.role == "admin")
+
+
+@query(internal=True)
+async def is_admin(ctx: QueryCtx) -> bool:
+    """Whether an admin asks."""
+    user = await find_user(ctx)
+    return user is not None and user.role == "admin"
+
+
+@query(internal=True)
+async def moderates_chat(ctx: QueryCtx) -> bool:
+    """Whether somebody asks who may hide and delete chat messages."""
+    user = await find_user(ctx)
+    return user is not None and (user.role == "admin" or "write:chat" in user.permissions)
 
 
 @query
@@ -33,6 +63,15 @@ async def store(ctx: MutationCtx) -> Id[User]:
     if (name, avatar) != (user.name, user.avatar):
         await ctx.db.patch(user.id, name=name, avatar=avatar)
     return user.id
+
+
+@mutation
+async def delete_account(ctx: MutationCtx, user_id: Id[User] | None = None) -> None:
+    """Delete the caller's account, or as an admin or operator that of `user_id`, with its chat and watch progress.
+
+    Who is watching goes on watching, anonymously.
+    """
+    await ctx.db.delete(await user_id_for(ctx, user_id))
 
 
 @mutation(internal=True)

@@ -187,6 +187,24 @@ def test_run_opens_the_database_itself_when_nobody_serves_it(app: Path) -> None:
 
 
 @pytest.mark.slow
+def test_explain_says_what_a_query_reads_here_and_in_the_process_that_serves(app: Path) -> None:
+    def explained() -> str:
+        code, output, error = call("explain", "--app", app, "notes:listAll", '{"limit": 5}')
+        assert code == 0, error
+        return output
+
+    call("run", "--app", app, "notes:add", '{"text": "hi"}')
+    here = explained()
+    assert here.startswith("notes:list_all: ")
+    assert "documents of notes.by_rank: all" in here
+    with running("serve", app, sign="serving http://127.0.0.1:"):
+        assert explained().partition("read")[2] == here.partition("read")[2]
+    code, _, error = call("explain", "--app", app, "notes:add", '{"text": "hi"}')
+    assert code != 0
+    assert "public query" in error
+
+
+@pytest.mark.slow
 def test_run_acts_through_the_process_that_serves(app: Path) -> None:
     with running("serve", app, sign="serving http://127.0.0.1:") as server:
         code, output, error = call("run", "--app", app, "notes:add", '{"text": "hi"}')
@@ -328,7 +346,7 @@ def test_dev_reloads_on_save_and_keeps_the_old_code_when_the_new_is_wrong(app: P
         server.wait_for_line("the new code is live.")
         assert server.post("/api/query", ask)["value"] == 2
         (app / "engine.toml").write_text("port = 1")
-        server.wait_for_line("engine.toml: stop and start again")
+        server.wait_for_line("What is not under [app] needs a new start: stop and start again.")
         assert server.end(signal.SIGINT) == 0
 
 
@@ -363,6 +381,15 @@ def test_functions_are_listed_as_they_were_written(app: Path) -> None:
     ]
     public = CliRunner().invoke(main, ["functions", "--app", str(app), "--no-internal"])
     assert "notes:wipe" not in public.output
+
+
+def test_routes_are_listed_after_the_functions(app: Path) -> None:
+    (app / "functions" / "later.py").write_text(
+        "from engine import ActionCtx, Response, http\n"
+        '@http.get("/app/{name}")\nasync def show(ctx: ActionCtx, name: str) -> Response | None: ...\n'
+    )
+    result = CliRunner().invoke(main, ["functions", "--app", str(app)])
+    assert result.output.splitlines()[-1] == "/app/{name}     GET       (name: str) -> Response | None"
 
 
 def test_a_cron_expression_is_shown(app: Path) -> None:

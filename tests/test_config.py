@@ -1,6 +1,7 @@
 """`engine.toml`: what it sets, and what it says when it is wrong."""
 
 import json
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 
 from engine.auth.admin import digest_of
 from engine.auth.providers import FixedKeys, RemoteKeys, SharedSecret
-from engine.config import Config, load_config
+from engine.config import Config, _File, load_config
 from engine.errors import ConfigError
 from engine.limits import Limits
+from engine.storage.s3 import S3Location
 from tests.auth.issuers import jwks
 
 SECRET = "a secret of thirty-two bytes or more"
@@ -112,9 +114,32 @@ def test_keys_inside_a_private_network_are_asked_for_on_purpose(tmp_path: Path) 
     assert load(tmp_path, text).providers[0].keys == RemoteKeys("https://login.intern/jwks.json", True)
 
 
+def test_files_go_where_it_says_and_clients_find_them_where_it_says(tmp_path: Path) -> None:
+    config = load(tmp_path, "public_url = 'https://API.example/'\nstorage.bucket = 'b'\nstorage.prefix = 'live/'")
+    assert (config.public_url, config.storage) == ("https://api.example", S3Location(bucket="b", prefix="live/"))
+
+
+def test_trusted_proxies_are_addresses_or_networks(tmp_path: Path) -> None:
+    config = load(tmp_path, "trusted_proxies = ['10.0.0.0/8', '127.0.0.1', 'fd00::/8']")
+    assert config.trusted_proxies == tuple(map(ip_network, ("10.0.0.0/8", "127.0.0.1/32", "fd00::/8")))
+    for wrong in ("proxy.example", "10.0.0.1/8", ""):
+        problem = refusal(tmp_path, f"trusted_proxies = ['::1', '{wrong}']")
+        assert problem.startswith(f"engine.toml: trusted_proxies[1] = '{wrong}': expected an address or a network")
+
+
+def test_the_settings_of_the_app_are_not_its_business(tmp_path: Path) -> None:
+    assert load(tmp_path, "app.anything = 1") == Config()
+
+
 WRONG = {
     "prt = 1": "engine.toml: prt: unknown key; did you mean `port`?",
-    "xyzzy = 1": "engine.toml: xyzzy: unknown key; known here: mode, host, port, allowed_origins, limits, auth, admin",
+    "xyzzy = 1": f"engine.toml: xyzzy: unknown key; known here: {', '.join(_File.__struct_fields__)}",
+    "app = 'hidden'": "engine.toml: app: expected a table, got str",
+    "storage.bukket = 'b'": "engine.toml: storage.bukket: unknown key; did you mean `storage.bucket`?",
+    "storage.region = 'r'": "engine.toml: storage: missing required field bucket",
+    "public_url = 'api.example'": (
+        "engine.toml: public_url = 'api.example': expected scheme://host[:port], as in \"https://app.example\""
+    ),
     "[limits]\nrun_max_ms = 1": "engine.toml: limits.run_max_ms: unknown key; did you mean `limits.run_ms_max`?",
     "[[auth.provider]]": "engine.toml: auth.provider: unknown key; did you mean `auth.providers`?",
     '[[auth.providers]]\nisuer = "x"': (

@@ -135,10 +135,12 @@ async def test_any_other_error_is_shown_with_its_traceback() -> None:
     assert explain(RegistryError("short")) == "short"
 
 
-async def test_a_change_of_the_configuration_needs_a_new_start() -> None:
+async def test_a_change_of_the_configuration_is_live_as_far_as_it_is_the_apps_own() -> None:
     said, reload_count = await said_on({"engine.toml"})
-    assert said == "engine.toml: stop and start again to use it."
-    assert reload_count == 0
+    assert said == (
+        "engine.toml: the new settings are live. What is not under [app] needs a new start: stop and start again."
+    )
+    assert reload_count == 1
 
 
 def test_the_banner_says_what_to_open_and_type(tmp_path: Path) -> None:

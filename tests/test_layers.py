@@ -12,7 +12,7 @@ ENGINE = Path(__file__).parents[1] / "engine"
 
 ORDER = (
     "errors limits clock events ids ranges values identity schema storage transaction functions live sync "
-    "auth config observe backend engine operate client server dashboard codegen cli dev testing"
+    "auth config observe backend engine operate client server dashboard codegen cli dev testing pytest_plugin"
 ).split()
 
 IO = "asyncio aiohttp socket selectors ssl sqlite3 threading"
@@ -21,12 +21,12 @@ IO = "asyncio aiohttp socket selectors ssl sqlite3 threading"
 MUST_NOT_IMPORT = [
     ("errors.py limits.py clock.py events.py", "engine"),
     ("values* ids.py identity.py ranges.py schema*", "sqlite3 asyncio"),
-    ("storage/connections.py storage/ddl.py storage/rows.py storage/scans.py", "asyncio"),
+    ("storage/connections.py storage/ddl.py storage/rows.py storage/scans.py storage/search.py", "asyncio"),
     ("storage/*", "engine.transaction"),
     ("transaction/read_set.py transaction/write_set.py", "sqlite3 asyncio"),
     ("transaction/*", "engine.functions engine.live"),
     ("functions/*", "engine.live engine.sync aiohttp watchfiles"),
-    ("live/invalidation.py", "asyncio sqlite3"),
+    ("live/invalidation.py live/search_entries.py", "asyncio sqlite3"),
     ("live/*", "engine.sync aiohttp"),
     ("sync/*", f"{IO} engine.storage engine.transaction engine.functions"),
     ("auth/*", "sqlite3 engine.functions"),
@@ -43,8 +43,9 @@ ONLY_IN = [
     ("aiosqlite", "storage/maintenance.py"),
     ("aiohttp", "server/* auth/*"),
     ("watchfiles", "dev.py"),
-    ("engine.observe", "observe/* engine.py operate/* server/* dashboard/* cli.py dev.py testing.py"),
-    ("engine.testing", ""),
+    ("engine.observe", "observe/* backend.py engine.py operate/* server/* dashboard/* cli.py dev.py"),
+    ("engine.testing", "testing/* pytest_plugin.py"),
+    ("pytest pytest_asyncio", "pytest_plugin.py"),
 ]
 
 CLIENT_MAY_IMPORT = "engine.client engine.errors engine.values engine.sync.protocol"

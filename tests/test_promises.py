@@ -5,10 +5,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
+from engine.engine import Engine
 from engine.errors import EngineError
 from engine.events import Committed, Event, MutationRan, QueryRan, ResultChanged
 from engine.sync.protocol import decode_timestamp
-from engine.testing import ManualClock, open_test_engine
+from engine.testing import ManualClock
 from tests.small_engine import APP, SmallEngine, Subscriber, small_engine
 from tests.sync.fakes import FakeBackend, FakeClient, add, connect, mutation, query_set
 
@@ -118,7 +119,7 @@ async def test_5_precise_of_1000_live_queries_a_commit_runs_the_one_that_read_wh
 
 async def test_6_shared_a_query_with_1000_subscribers_runs_once_a_commit_and_all_hold_the_same_bytes() -> None:
     events: list[Event] = []
-    async with open_test_engine(APP, clock=ManualClock()) as engine:
+    async with Engine.open(APP, ":memory:", clock=ManualClock()) as engine:
         subscribers = [Subscriber(engine, None) for _ in range(SUBSCRIBER_COUNT)]
         for subscriber in subscribers:
             subscriber.ask(0, "notes:texts", room="a")

@@ -1,7 +1,8 @@
 """The measured processes: starting them, what they use, stopping them.
 
 The engine under load is `python -m engine serve` on the demo app and the shipped defaults: its `engine.toml` names the
-bench's own identity provider and nothing else. Everything lives in a temporary directory and goes with it.
+bench's own identity provider, lets users chat as fast as the load has them, and nothing else. Everything lives in a
+temporary directory and goes with it.
 """
 
 import asyncio
@@ -114,6 +115,7 @@ def write_app(directory: Path, tokens: Tokens) -> None:
     (directory / "engine.toml").write_text(
         f'[[auth.providers]]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\n'
         'jwks = "jwks.json"\nalgorithms = ["EdDSA"]\n'
+        '[rate_limits."chat:send_message"]\ncount = 1_000_000\n'
     )
 
 

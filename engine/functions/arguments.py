@@ -33,6 +33,7 @@ from engine.values.shapes import (
 )
 from engine.values.wire import Mismatch, describe
 
+_parse_json = msgspec.json.Decoder().decode
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _REFUSED = {
     inspect.Parameter.VAR_POSITIONAL: "takes any number of values, and arguments on the wire have names",
@@ -52,11 +53,19 @@ class Signature:
     """What one function takes and gives back."""
 
     def __init__(
-        self, record: RecordShape, defaults: Mapping[str, Any], return_type: Any, *, limits: Limits, tags: TagOf
+        self,
+        record: RecordShape,
+        defaults: Mapping[str, Any],
+        return_type: Any,
+        *,
+        limits: Limits,
+        tags: TagOf,
+        keeps_ints: bool,
     ) -> None:
+        self.fields = record.fields  # one for each parameter after `ctx`
         self.return_type = return_type
         self._defaults = dict(defaults)  # as `decode` would give them
-        self._decode = compile_shape_decoder(record, limits=limits, tags=tags)
+        self._decode = compile_shape_decoder(record, limits=limits, tags=tags, is_stored=keeps_ints)
         self._encode = compile_shape_encoder(record, limits=limits)
         self._to_wire_by_spelling = {
             spelling: compile_to_wire(field.shape, limits=limits)
@@ -64,19 +73,17 @@ class Signature:
             for spelling in field.spellings
         }
         self._mutable_names = [field.name for field in record.fields if _is_mutable(field.shape)]
-        self._decode_json = msgspec.json.Decoder().decode
         self._encode_canonical = msgspec.msgpack.Encoder(order="deterministic").encode
 
     def decode(self, raw: bytes) -> Arguments:
         """The arguments in a JSON object, as a client sends them."""
-        try:
-            wire = self._decode_json(raw)
-        except RecursionError:
-            raise InvalidArgument("The arguments nest too deep.") from None
-        except ValueError as error:  # msgspec's own, or a byte that is no UTF-8
-            raise InvalidArgument(f"The arguments are not valid JSON: {error}") from None
+        wire = decode_json(raw, "The arguments")
         if type(wire) is not dict:
             raise InvalidArgument(f"The arguments are one object of values by name, not {describe(wire)}.")
+        return self.from_wire(wire)
+
+    def from_wire(self, wire: dict[str, Any]) -> Arguments:
+        """The arguments among wire values by name."""
         return self._complete(self._decode(wire))
 
     def from_python(self, values: Mapping[str, Any]) -> Arguments:
@@ -88,7 +95,7 @@ class Signature:
                 wire[name] = None if to_wire is None else to_wire(value)  # the decoder refuses unknown names
             except Mismatch as error:
                 raise InvalidArgument(str(error.under(name))) from None
-        return self._complete(self._decode(wire))
+        return self.from_wire(wire)
 
     def to_wire_bytes(self, arguments: Arguments) -> bytes:
         """Wire JSON that `decode` reads back as the same arguments."""
@@ -109,8 +116,23 @@ class Signature:
         return Arguments(self._encode_canonical(values), values)
 
 
-def compile_signature(function: Callable[..., Any], *, limits: Limits, tags: TagOf) -> Signature:
-    """The signature of a function `(ctx, …)`; RegistryError naming function and parameter for what cannot be one."""
+def decode_json(raw: bytes, what: str) -> Any:
+    """The wire value in some JSON; InvalidArgument beginning with `what`, a plural, for what is none."""
+    try:
+        return _parse_json(raw)
+    except RecursionError:
+        raise InvalidArgument(f"{what} nest too deep.") from None
+    except ValueError as error:  # msgspec's own, or a byte that is no UTF-8
+        raise InvalidArgument(f"{what} are not valid JSON: {error}") from None
+
+
+def compile_signature(
+    function: Callable[..., Any], *, limits: Limits, tags: TagOf, keeps_ints: bool = False
+) -> Signature:
+    """The signature of a function `(ctx, …)`; RegistryError naming function and parameter for what cannot be one.
+
+    `keeps_ints`: its callers write `1` for an int and `1.0` for a float; those of JavaScript have doubles only.
+    """
     where = f"{function.__module__}.{function.__qualname__}"
     parameters = list(inspect.signature(function).parameters.values())
     if not parameters or parameters[0].kind not in _POSITIONAL:
@@ -124,11 +146,11 @@ def compile_signature(function: Callable[..., Any], *, limits: Limits, tags: Tag
         fields_by_spelling(fields, where=where)
         record = RecordShape(function.__name__, dict, None, lambda: fields)
         defaults = {
-            field.name: _default(parameter, field, where, limits, tags)
+            field.name: _default(parameter, field, where, limits, tags, keeps_ints=keeps_ints)
             for parameter, field in zip(parameters[1:], fields, strict=True)
             if not field.is_required
         }
-        return Signature(record, defaults, hints.get("return", Any), limits=limits, tags=tags)
+        return Signature(record, defaults, hints.get("return", Any), limits=limits, tags=tags, keeps_ints=keeps_ints)
     except SchemaError as error:
         raise RegistryError(str(error)) from error
 
@@ -154,11 +176,13 @@ def _field(
     )
 
 
-def _default(parameter: inspect.Parameter, field: RecordField, where: str, limits: Limits, tags: TagOf) -> Any:
+def _default(
+    parameter: inspect.Parameter, field: RecordField, where: str, limits: Limits, tags: TagOf, *, keeps_ints: bool
+) -> Any:
     """The default in the form that `decode` would give it, so that leaving it out and sending it are one ask."""
     try:
         wire = compile_to_wire(field.shape, limits=limits)(parameter.default)
-        return compile_shape_decoder(field.shape, limits=limits, tags=tags)(wire)
+        return compile_shape_decoder(field.shape, limits=limits, tags=tags, is_stored=keeps_ints)(wire)
     except (Mismatch, InvalidArgument) as error:
         raise RegistryError(f"{where}: parameter {parameter.name!r}: its default does not fit: {error}") from None
 

@@ -18,6 +18,7 @@ from engine.errors import (
     InvalidCursor,
     InvalidResult,
     LimitExceeded,
+    RateLimited,
     RequestError,
 )
 from engine.events import Events, FunctionFaulted
@@ -57,6 +58,10 @@ class Failures:
                 return self._failure(error, request_id, f"Uncaught AppError: {data.decode()}", data)
             case InvalidCursor():
                 return self._failure(error, request_id, str(error), _PAGINATION_RESET, is_public=True)
+            case RateLimited():
+                told = {"code": error.code, "name": error.name, "retry_after_ms": error.retry_after_ms}
+                data = encode_value(told, self._limits)
+                return self._failure(error, request_id, str(error), data, is_public=True)
             case RequestError():
                 return self._failure(error, request_id, str(error), None, is_public=True)
             case RunStopped():

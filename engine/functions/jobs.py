@@ -1,20 +1,28 @@
-"""The engine's own tables for work that runs later."""
+"""The engine's own tables for work that runs later, and the list of all tables that it has in an app's database."""
 
 from typing import Literal
 
+from engine.functions.disconnects import OnDisconnect
+from engine.functions.rate_limits import RateLimitUse
+from engine.functions.storage import LooseFile, StoredFile
+from engine.functions.webhooks import WebhookDelivery
 from engine.schema import Table, index, unique
 
 
 class ScheduledJob(Table, name="_scheduled_jobs", system=True):
-    """One run of a mutation or action at a time to come, or how it ended."""
+    """One run of a mutation or action at a time to come, or how it ended; functions may read it like any table.
+
+    `await ctx.db.get(job_id)`, `await ctx.db.query(ScheduledJob.by_state_due, state="failed").take(20)`
+    """
 
     path: str
     arguments: bytes  # JSON, in wire form
-    due_at: float  # ms since the epoch
+    due_at: float  # ms since the epoch; later than before when it failed and is tried again
     state: Literal["pending", "running", "succeeded", "failed", "cancelled"] = "pending"
-    error: str | None = None  # of a failed one, as a client would see it in development
-    started_at: float | None = None
-    finished_at: float | None = None
+    attempts: int = 0  # how often it was started
+    error: str | None = None  # how the newest attempt failed, as a client would see it in development
+    started_at: float | None = None  # of an action: its newest attempt
+    finished_at: float | None = None  # of the newest attempt, or when it was cancelled
     by_state_due = index("state", "due_at")
     by_state_finished = index("state", "finished_at")
 
@@ -31,4 +39,12 @@ class CronJob(Table, name="_cron_jobs", system=True):
     by_state_next = index("state", "next_at")
 
 
-SYSTEM_TABLES: tuple[type[Table], ...] = (ScheduledJob, CronJob)
+SYSTEM_TABLES: tuple[type[Table], ...] = (
+    ScheduledJob,
+    CronJob,
+    OnDisconnect,
+    RateLimitUse,
+    WebhookDelivery,
+    StoredFile,
+    LooseFile,
+)

@@ -4,14 +4,14 @@ Invariants
   1. Loading changes nothing until it has succeeded: after a failure `sys.modules` is as it was.
   2. An app is loaded whole, from source: no module of an older version stays, no stale byte code is read.
 
-The app's modules are `schema` and `functions.…`, as its own imports name them. One app is loaded at a time; the last
-one that was loaded owns these names.
+The app's modules are `schema` and `functions.…`, as its own imports name them. One app at a time owns these names: the
+last one that was loaded or installed.
 """
 
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
@@ -20,9 +20,14 @@ from typing import NoReturn
 
 import msgspec
 
-from engine.errors import DeveloperError, RegistryError, SchemaError
+from engine.errors import ConfigError, DeveloperError, RegistryError, SchemaError
+from engine.functions.http import routes_of
 from engine.functions.jobs import SYSTEM_TABLES
+from engine.functions.policies import deny_all, policies_of
+from engine.functions.rate_limits import RateOverride, rate_limits_of
 from engine.functions.registry import Registry, functions_of
+from engine.functions.settings import settings_of
+from engine.functions.triggers import triggers_of
 from engine.limits import Limits
 from engine.schema import Schema, Table, compile_schema
 
@@ -37,17 +42,33 @@ class App(msgspec.Struct, frozen=True):
     registry: Registry
 
 
-def load_app(directory: Path, limits: Limits) -> App:
-    """Import `schema.py` and `functions/` and compile them. Raises DeveloperError that says where it is wrong."""
+class Installed(msgspec.Struct, frozen=True):
+    """What the names of an app's modules stand for."""
+
+    finder: "AppFinder | None"  # of modules that are missing; None: no app has been loaded
+    modules: dict[str, ModuleType]  # by name
+
+
+def load_app(
+    directory: Path,
+    limits: Limits,
+    rate_overrides: Mapping[str, RateOverride] | None = None,
+    *,
+    keeps_modules: bool = False,
+    denied: tuple[str, ...] = (),
+) -> App:
+    """Import `schema.py` and `functions/` and compile them. Raises DeveloperError that says where it is wrong.
+
+    `denied` are tables that clients reach only by a policy, or "*" for all. `keeps_modules` takes the app's modules
+    that are installed as they are, and imports the others.
+    """
     directory = directory.resolve()
     if not (directory / f"{_SCHEMA}.py").is_file():
         raise SchemaError(
             f"{directory} has no {_SCHEMA}.py. An app is a directory with {_SCHEMA}.py and {_FUNCTIONS}/."
         )
-    replaced = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_app_module(name)}
-    older_finders = [finder for finder in sys.meta_path if isinstance(finder, _AppFinder)]
-    finder = _AppFinder(directory)
-    sys.meta_path.insert(0, finder)
+    before = installed()
+    install(Installed(AppFinder(directory), before.modules if keeps_modules else {}))
     sys.path.insert(0, str(directory))  # for what else lies there
     try:
         schema = _load_schema(directory, limits)
@@ -57,18 +78,49 @@ def load_app(directory: Path, limits: Limits) -> App:
         }
         callable_modules = {name: module for name, module in modules.items() if not _holds_helpers(name)}
         functions = functions_of(callable_modules, limits=limits, tags=schema.tag_of_class)
-        app = App(directory, schema, Registry(functions))
+        settings = settings_of([sys.modules[_SCHEMA], *modules.values()])
+        registry = Registry(
+            functions,
+            rate_limits=rate_limits_of(modules, rate_overrides),
+            routes=routes_of(modules, limits=limits, tags=schema.tag_of_class, settings=settings),
+            settings=settings,
+        )
+        registry.policies = deny_all(_tables_named(denied, schema)) | policies_of(modules, schema.table_of, registry)
+        registry.triggers = triggers_of(modules, schema.table_of, limits)
+        return App(directory, schema, registry)
     except BaseException:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if _is_app_module(name)]:
-            del sys.modules[name]
-        sys.modules.update(replaced)
+        install(before)
         raise
     finally:
         sys.path.remove(str(directory))
-    for older in older_finders:  # the new one stays: functions may import when they run
-        sys.meta_path.remove(older)
-    return app
+
+
+def installed() -> Installed:
+    """The modules that have the names now."""
+    finders = [finder for finder in sys.meta_path if isinstance(finder, AppFinder)]
+    modules = {name: module for name, module in sys.modules.items() if _is_app_module(name)}
+    return Installed(finders[0] if finders else None, modules)
+
+
+def install(wanted: Installed) -> None:
+    """Give the names to these modules."""
+    for name in installed().modules:
+        del sys.modules[name]
+    sys.modules.update(wanted.modules)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, AppFinder)]
+    if wanted.finder is not None:  # it stays: functions may import when they run
+        sys.meta_path.insert(0, wanted.finder)
+
+
+def _tables_named(names: tuple[str, ...], schema: Schema) -> list[str]:
+    own = [name for name, table in schema.tables_by_name.items() if not table.is_system]
+    for name in names:
+        if name != "*" and name not in own:
+            raise ConfigError(
+                f"policies.deny: {name!r} is no table of this app, and not '*' for all. Its tables are "
+                f"{', '.join(sorted(own))}."
+            )
+    return own if "*" in names else list(names)
 
 
 def _load_schema(directory: Path, limits: Limits) -> Schema:
@@ -110,18 +162,18 @@ def _import(name: str, directory: Path) -> ModuleType:
         raise kind(f"{name.replace('.', '/')}.py does not import: {text}\n{where}") from error
 
 
-class _AppFinder(MetaPathFinder):
+class AppFinder(MetaPathFinder):
     """Finds the app's modules in its own directory, whatever other packages have their names."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if not _is_app_module(name):
             return None
-        folder = self._directory.joinpath(*name.split(".")[:-1])
+        folder = self.directory.joinpath(*name.split(".")[:-1])
         return FileFinder(str(folder), (_SourceLoader, [".py"])).find_spec(name)
 
 

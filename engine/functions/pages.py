@@ -93,9 +93,7 @@ def read_page(
     descending: bool,
 ) -> Page[D]:
     """Read the page that `options` and the journal describe."""
-    if options.num_items < 1:
-        raise LimitExceeded("numItems of a page", used=options.num_items, allowed=1, remedy="Ask for 1 or more.")
-    end_cursor = options.end_cursor if options.end_cursor is not None else journal
+    end_cursor = _end_cursor(options, journal)
     rest = index_range
     if options.cursor is not None:
         position = seal.open(options.cursor)
@@ -148,6 +146,35 @@ def read_page(
     )
 
 
+def cut_page(
+    options: PaginationOptions, journal: str | None, seal: CursorSeal, found: list[tuple[OrderKey, D]]
+) -> Page[D]:
+    """The page that `options` and the journal describe of documents that are all at hand, sorted by their position.
+
+    A document's position must follow from the document: then pages are gapless as those of a range are.
+    """
+    end_cursor = _end_cursor(options, journal)
+    if options.cursor is not None:
+        start = seal.open(options.cursor)
+        found = [] if start is None else [(position, document) for position, document in found if position > start]
+    if end_cursor is not None:
+        end = seal.open(end_cursor)
+        page = found if end is None else [(position, document) for position, document in found if position <= end]
+        continue_cursor, is_done = end_cursor, end is None
+    else:
+        page = found[: options.num_items]
+        is_done = len(page) == len(found)
+        continue_cursor = seal.seal(None if is_done else page[-1][0])
+    return Page(page=[document for _, document in page], is_done=is_done, continue_cursor=continue_cursor)
+
+
+def _end_cursor(options: PaginationOptions, journal: str | None) -> str | None:
+    """Where the page ends, if that was decided before."""
+    if options.num_items < 1:
+        raise LimitExceeded("numItems of a page", used=options.num_items, allowed=1, remedy="Ask for 1 or more.")
+    return options.end_cursor if options.end_cursor is not None else journal
+
+
 def _from(index_range: IndexRange, position: OrderKey, *, descending: bool) -> IndexRange:
     """What comes after a position, in reading order."""
     if descending:
@@ -166,10 +193,8 @@ def _until(index_range: IndexRange, position: OrderKey, *, descending: bool) -> 
     return IndexRange(index_range.table, index_range.index, index_range.start, end)
 
 
-def fingerprint_of(
-    path: str, arguments: dict[str, Any], index_range: IndexRange, index: str, *, descending: bool
-) -> bytes:
+def fingerprint_of(path: str, arguments: dict[str, Any], *source: Any) -> bytes:
     """What a cursor is bound to: everything that says which documents come in which order."""
     fixed = {name: value for name, value in arguments.items() if not isinstance(value, PaginationOptions)}
-    parts = (path, fixed, index, index_range.start, index_range.end, descending)
+    parts = (path, fixed, *source)
     return hashlib.blake2b(msgspec.msgpack.encode(parts, order="deterministic"), digest_size=32).digest()

@@ -10,21 +10,29 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from types import ModuleType
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import msgspec
 from cronsim import CronSim, CronSimError
 
 from engine.errors import FunctionNotFound, InvalidArgument, RegistryError
 from engine.functions.arguments import Signature, compile_signature
+from engine.functions.rate_limits import RateLimit
+from engine.functions.routes import Route, RouteTable
+from engine.functions.settings import Settings
 from engine.limits import Limits
 from engine.values import camel_case, compile_decoder, compile_encoder
+
+if TYPE_CHECKING:
+    from engine.functions.policies import TablePolicy
+    from engine.functions.triggers import Trigger
 
 FunctionKind = Literal["query", "mutation", "action"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DECLARED = "__engine_function__"
 _CRON = "__engine_cron__"
+_RETRY_COUNT_MAX = 100  # of a job; the last ones are an hour apart
 
 
 class Declared(msgspec.Struct, frozen=True):
@@ -32,6 +40,8 @@ class Declared(msgspec.Struct, frozen=True):
 
     kind: FunctionKind
     is_internal: bool
+    timeout: timedelta | None = None  # of an action
+    retry_count: int = 0  # as a job
 
 
 class Cron(msgspec.Struct, frozen=True):
@@ -59,6 +69,8 @@ class Function(msgspec.Struct, frozen=True, eq=False):
     encode_result: Callable[[Any], bytes]  # checks the return annotation; raises InvalidResult
     decode_result: Callable[[bytes], Any]  # the inverse, for callers in this process
     cron: Cron | None
+    timeout_seconds: float | None = None  # of an action; None: what the limits allow
+    retry_count: int = 0  # how often it is run again as a job, if it fails
 
 
 @overload
@@ -67,25 +79,34 @@ def query(function: F, /) -> F: ...
 def query(*, internal: bool = False) -> Callable[[F], F]: ...
 def query(function: F | None = None, /, *, internal: bool = False) -> F | Callable[[F], F]:
     """A function that reads: its subscribers always hold what it would return now. It must be deterministic."""
-    return _declare("query", function, internal)
+    return _declare(function, Declared("query", internal))
 
 
 @overload
 def mutation(function: F, /) -> F: ...
 @overload
-def mutation(*, internal: bool = False) -> Callable[[F], F]: ...
-def mutation(function: F | None = None, /, *, internal: bool = False) -> F | Callable[[F], F]:
-    """A function that reads and writes as one transaction: all of it happens, exactly once, or nothing."""
-    return _declare("mutation", function, internal)
+def mutation(*, internal: bool = False, retries: int = 0) -> Callable[[F], F]: ...
+def mutation(function: F | None = None, /, *, internal: bool = False, retries: int = 0) -> F | Callable[[F], F]:
+    """A function that reads and writes as one transaction: all of it happens, exactly once, or nothing.
+
+    `retries`: how often a job that runs it is tried again when it fails with anything but an AppError.
+    """
+    return _declare(function, Declared("mutation", internal, retry_count=retries))
 
 
 @overload
 def action(function: F, /) -> F: ...
 @overload
-def action(*, internal: bool = False) -> Callable[[F], F]: ...
-def action(function: F | None = None, /, *, internal: bool = False) -> F | Callable[[F], F]:
-    """A function that may talk to the world; it reaches the database through queries and mutations."""
-    return _declare("action", function, internal)
+def action(*, internal: bool = False, timeout: timedelta | None = None, retries: int = 0) -> Callable[[F], F]: ...
+def action(
+    function: F | None = None, /, *, internal: bool = False, timeout: timedelta | None = None, retries: int = 0
+) -> F | Callable[[F], F]:
+    """A function that may talk to the world; it reaches the database through queries and mutations.
+
+    `timeout`: when it is stopped (default: limits.action_seconds_max). `retries`: how often a job that runs it is tried
+    again when it fails with anything but an AppError, or the server stops meanwhile: it may then do its work twice.
+    """
+    return _declare(function, Declared("action", internal, timeout, retries))
 
 
 def cron(
@@ -116,7 +137,19 @@ def cron(
 class Registry:
     """Every function of one version of the app."""
 
-    def __init__(self, functions: Iterable[Function]) -> None:
+    def __init__(
+        self,
+        functions: Iterable[Function],
+        *,
+        rate_limits: Iterable[RateLimit] = (),
+        routes: Iterable[Route] = (),
+        settings: type[Settings] | None = None,
+    ) -> None:
+        self.policies: dict[str, TablePolicy] = {}  # by table; set by the loader, once all functions are known
+        self.triggers: dict[str, tuple[Trigger, ...]] = {}  # by table; set by the loader
+        self.settings = settings  # the class that the app declares for them
+        self.routes = RouteTable(routes)
+        self.rate_limits = {limit.name: limit for limit in rate_limits}
         self.by_path: dict[str, Function] = {}
         self._by_name: dict[str, Function] = {}  # both spellings
         self._by_definition: dict[tuple[str, str], Function] = {}
@@ -183,6 +216,15 @@ def _compile(
             signature.from_python({})
         except InvalidArgument as error:
             raise RegistryError(f"{path}: @cron calls it without arguments: {error}") from error
+    timeout, retry_count = declared.timeout, declared.retry_count
+    timeout_max = timedelta(seconds=limits.action_seconds_max)
+    if timeout is not None and (type(timeout) is not timedelta or not timedelta(0) < timeout <= timeout_max):
+        raise RegistryError(
+            f"{path}: timeout={timeout!r}; a timedelta of more than 0 s and at most {limits.action_seconds_max:,} s is "
+            "needed (limits.action_seconds_max)."
+        )
+    if type(retry_count) is not int or not 0 <= retry_count <= _RETRY_COUNT_MAX:
+        raise RegistryError(f"{path}: retries={retry_count!r}; 0 to {_RETRY_COUNT_MAX} are possible.")
     decode = compile_decoder(signature.return_type, limits=limits, tags=tags, is_stored=True)
     return Function(
         path=path,
@@ -193,6 +235,8 @@ def _compile(
         encode_result=compile_encoder(signature.return_type, limits=limits),
         decode_result=lambda payload: decode(msgspec.json.decode(payload)),
         cron=when,
+        timeout_seconds=None if timeout is None else timeout.total_seconds(),
+        retry_count=retry_count,
     )
 
 
@@ -201,11 +245,11 @@ def _definition_of(function: Callable[..., Any]) -> tuple[str, str]:
     return getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
 
 
-def _declare(kind: FunctionKind, function: F | None, is_internal: bool) -> F | Callable[[F], F]:
+def _declare(function: F | None, declared: Declared) -> F | Callable[[F], F]:
     def mark(target: F) -> F:
         if not callable(target):
-            raise RegistryError(f"@{kind} stands above a function, not above {target!r}.")
-        setattr(target, _DECLARED, Declared(kind, is_internal))
+            raise RegistryError(f"@{declared.kind} stands above a function, not above {target!r}.")
+        setattr(target, _DECLARED, declared)
         return target
 
     return mark if function is None else mark(function)

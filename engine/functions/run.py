@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from engine.clock import cpu_clock
 from engine.errors import FunctionMisuse
+from engine.functions.outcomes import NestedQuery, Outcome, QueryRun
 from engine.functions.pages import CursorSeal, fingerprint_of
 from engine.identity import PRESENT, Caller, Identity, Part, part_of
 from engine.limits import Limits
-from engine.ranges import IndexRange
-from engine.transaction.transaction import ReadTransaction
+from engine.transaction.reading import ReadTransaction
 
 if TYPE_CHECKING:
     from engine.functions.arguments import Arguments
     from engine.functions.registry import Function
+    from engine.functions.requests import Request
 
 _cpu = cpu_clock()
 _WATCHDOG_PERIOD_SECONDS = 0.05
@@ -57,6 +58,14 @@ class Escaped(Exception):
     """
 
 
+# What the engine knows already of a query that a run calls; None: nothing, run it.
+Known = Callable[[NestedQuery], Outcome | None]
+
+
+def knows_nothing(nested: NestedQuery) -> Outcome | None:
+    return None
+
+
 class Run:
     """The state of one run, shared by the nested queries and mutations in it."""
 
@@ -71,9 +80,16 @@ class Run:
         journal: str | None = None,
         may_run_long: bool,
         is_cooperative: bool = False,
+        known: Known = knows_nothing,
+        settings: Any = None,
+        request: "Request | None" = None,
     ) -> None:
+        self.request = request  # of an action that a route is, or called
         self.function, self.arguments, self.limits = function, arguments, limits
-        self.parts: dict[Part, Any] = {}  # what was read of the identity, and what it was
+        self.parts: dict[Part | NestedQuery, Any] = {}  # what was read of who asks, and what it was
+        self.nested: dict[NestedQuery, QueryRun] = {}  # the runs behind those of the parts that are queries
+        self.known = known
+        self.settings = settings
         self.log_lines: list[str] = []
         self.depth = 0
         self.schedule_count = self.schedule_size_bytes = 0  # of jobs, nested mutations included
@@ -82,12 +98,16 @@ class Run:
         self.caller = caller  # for passing on, never for showing to the function
         self._tracked_identity: Identity | None = None
         self._cursor_secret = cursor_secret
-        self._has_page = False
+        self._transaction: ReadTransaction | None = None  # set by begin
+        self.read_now = False  # set by ctx
+        self.has_page = False  # set by begin_page
         self._is_open = True
         now = _cpu()
         self._deadline = now + limits.run_ms_max / 1000
         self._slow_at = self._deadline if may_run_long else now + limits.run_slow_ms / 1000
         self._is_cooperative = is_cooperative
+        self.is_inside = False  # of a call that cannot wait; set by drive_inside
+        self.triggers: list[str] = []  # paths of those under way, the first that was set off first
         self._pause_at = now + limits.run_slow_ms / 1000
 
     # -- time
@@ -103,7 +123,7 @@ class Run:
         """Asked before every read; refuses it when the run has ended (invariant 3)."""
         if not self._is_open:
             self.check_open()
-        return self._is_cooperative and _cpu() > self._pause_at
+        return self._is_cooperative and _cpu() > self._pause_at and not self.is_inside
 
     async def pause(self) -> None:
         """Leave the loop to others; the time away does not count."""
@@ -124,12 +144,21 @@ class Run:
     def begin(self, transaction: ReadTransaction) -> None:
         """The transaction is this run's: its operations are bounded by the run's time and limits."""
         transaction.impose(self.limits, self.check_deadline)
+        transaction.run = self
+        self._transaction = transaction
+
+    def rerun_by(self, when_ms: float) -> None:
+        """The result is true until then at most."""
+        self.check_open()
+        assert self._transaction is not None, "begun"
+        self._transaction.read_set.rerun_by(when_ms)
 
     def end(self, transaction: ReadTransaction | None = None) -> None:
         """The function has returned (invariant 3)."""
         self._is_open = False
         if transaction is not None:
             transaction.lift_limits()
+            transaction.run = None
 
     # -- identity
 
@@ -150,23 +179,21 @@ class Run:
 
     def begin_page(self) -> str | None:
         """The journal for the one page of this run."""
-        if self._has_page:
+        if self.has_page:
             raise FunctionMisuse(
                 f"{self.function.path}: a second paginate in one run; a page's end is remembered per query. "
                 "Make two queries of it."
             )
-        self._has_page = True
+        self.has_page = True
         return self.journal
 
     def end_page(self, continue_cursor: str) -> None:
         self.journal = continue_cursor
 
-    def cursor_seal(self, index: str, index_range: IndexRange, *, descending: bool) -> CursorSeal:
-        values = self.arguments.values
-        return CursorSeal(
-            self._cursor_secret,
-            fingerprint_of(self.function.path, values, index_range, index, descending=descending),
-        )
+    def cursor_seal(self, *source: Any) -> CursorSeal:
+        """For the pages of this source: an index, a range and an order, or a search."""
+        fingerprint = fingerprint_of(self.function.path, self.arguments.values, *source)
+        return CursorSeal(self._cursor_secret, fingerprint)
 
     # -- log
 
@@ -268,6 +295,22 @@ def drive(watchdog: Watchdog, run: Run, start: Callable[[], Any]) -> Any:
     raise _waited(run)
 
 
+def drive_inside(run: Run, value: Any) -> Any:
+    """What a coroutine returns that is called where nobody can wait: a policy's or a trigger's, inside of a run."""
+    if not isawaitable(value):
+        return value
+    was_inside, run.is_inside = run.is_inside, True
+    coroutine: Any = value.__await__()
+    try:
+        next(coroutine)
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        run.is_inside = was_inside
+    coroutine.close()
+    raise _waited(run)
+
+
 async def drive_cooperatively(
     watchdog: Watchdog, run: Run, start: Callable[[], Any], turn: Callable[[], Awaitable[None]]
 ) -> Any:
@@ -305,8 +348,8 @@ def _abandon(watchdog: Watchdog, coroutine: Any) -> None:
 
 
 def _waited(run: Run) -> FunctionMisuse:
-    kind = run.function.kind
+    path, kind = (run.triggers[-1], "trigger") if run.triggers else (run.function.path, run.function.kind)
     return FunctionMisuse(
-        f"{run.function.path}: a {kind} waited for something that is not ctx.db (I/O, a sleep, another task). "
+        f"{path}: a {kind} waited for something that is not ctx.db (I/O, a sleep, another task). "
         "Queries and mutations are deterministic and do no I/O of their own; an @action may."
     )

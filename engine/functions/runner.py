@@ -11,43 +11,51 @@ Invariants
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
-
-import msgspec
 
 from engine.clock import Clock, cpu_clock
 from engine.errors import EngineError, InternalError, InvalidArgument, LimitExceeded
-from engine.events import ActionRan, Events, MutationRan
+from engine.events import ActionRan, ClockRead, Events, MutationRan
 from engine.functions.arguments import Arguments
-from engine.functions.calls import ActionCalls, Call, NestedCalls, Outcome, Transactions
+from engine.functions.calls import ActionCalls, NestedCalls, Transactions
 from engine.functions.context import ActionCtx, FunctionReference, MutationCtx, QueryCtx
+from engine.functions.disconnects import MutationSession
 from engine.functions.failures import Failure, Failures
+from engine.functions.files import Files
+from engine.functions.outcomes import Call, Outcome, QueryRun
+from engine.functions.policies import Guard
+from engine.functions.rate_limits import Limiter
 from engine.functions.reader import DatabaseReader, DatabaseWriter
 from engine.functions.registry import Function, FunctionKind, Registry
-from engine.functions.run import RanLong, Run, RunStopped, Watchdog, drive, drive_cooperatively
+from engine.functions.requests import Request
+from engine.functions.routes import Route
+from engine.functions.run import (
+    Known,
+    RanLong,
+    Run,
+    RunStopped,
+    RunTimedOut,
+    Watchdog,
+    drive,
+    drive_cooperatively,
+    knows_nothing,
+)
 from engine.functions.scheduling import ActionScheduler, MutationScheduler
-from engine.identity import Caller, Part
+from engine.functions.storage import ActionStorage, MutationStorage, QueryStorage
+from engine.functions.triggers import Triggers
+from engine.identity import SYSTEM, Caller
 from engine.limits import Limits
 from engine.transaction.committer import Execution
-from engine.transaction.read_set import ReadSet
-from engine.transaction.transaction import ReadTransaction, WriteTransaction
+from engine.transaction.moments import depend_on_time
+from engine.transaction.reading import ReadTransaction
+from engine.transaction.transaction import WriteTransaction
 
 T = TypeVar("T")
 
 _cpu = cpu_clock()
-
-
-class QueryRun(msgspec.Struct, frozen=True):
-    """What one run of a query gave. Exactly one of `value` and `failure` is there."""
-
-    value: bytes | None
-    failure: Failure | None
-    read_set: ReadSet
-    parts: dict[Part, Any]  # what it read of the identity, and what it was
-    journal: str | None
-    log_lines: tuple[str, ...]
-    duration_seconds: float
 
 
 class Runner:
@@ -69,6 +77,9 @@ class Runner:
         self._cursor_secret = cursor_secret
         self._is_production = is_production
         self._watchdog = Watchdog(limits)
+        self.settings: Any = None  # of the app; set by the engine at start and reload
+        self.files: Files  # set by the engine, once
+        self.triggers = Triggers(self)
 
     def close(self) -> None:
         self._watchdog.close()
@@ -86,6 +97,10 @@ class Runner:
         function = self.registry.any(target, kinds)
         return Call(function, _refusing(function, function.signature.from_python, arguments))
 
+    def call_of_route(self, route: Route, path_texts: Mapping[str, str], request: Request) -> Call:
+        """What an HTTP request asks of a route of the app. Raises InvalidArgument."""
+        return Call(route.function, _refusing(route.function, partial(route.bind, path_texts), request))
+
     def _call(self, function: Function, arguments: bytes) -> Call:
         if len(arguments) > self.limits.arguments_size_bytes_max:
             raise LimitExceeded(
@@ -99,10 +114,16 @@ class Runner:
     # -- queries
 
     def run_query(
-        self, call: Call, caller: Caller, transaction: ReadTransaction, now: float, journal: str | None
+        self,
+        call: Call,
+        caller: Caller,
+        transaction: ReadTransaction,
+        now: float,
+        journal: str | None,
+        known: Known = knows_nothing,
     ) -> QueryRun:
         """Run a query at once. Raises RanLong when it holds the loop for run_slow_ms."""
-        run = self._new_run(call, caller, transaction, journal=journal, may_run_long=False)
+        run = self._new_run(call, caller, transaction, journal=journal, may_run_long=False, known=known)
         start = self._start_query(call, run, transaction, now)
         began = _cpu()
         try:
@@ -122,9 +143,12 @@ class Runner:
         transaction: ReadTransaction,
         now: float,
         journal: str | None,
+        known: Known = knows_nothing,
     ) -> QueryRun:
         """Run a query that pauses every run_slow_ms, so that the loop serves others meanwhile."""
-        run = self._new_run(call, caller, transaction, journal=journal, may_run_long=True, is_cooperative=True)
+        run = self._new_run(
+            call, caller, transaction, journal=journal, may_run_long=True, is_cooperative=True, known=known
+        )
         start = self._start_query(call, run, transaction, now)
         began = _cpu()
         try:
@@ -136,22 +160,24 @@ class Runner:
             run.end(transaction)
 
     def _start_query(self, call: Call, run: Run, transaction: ReadTransaction, now: float) -> Callable[[], Any]:
-        ctx = self.query_ctx(run, transaction, now)
+        ctx = self.query_ctx(call, run, transaction, now, is_restricted=run.caller.is_restricted)
         return lambda: call.function.signature.call(call.function.callable, ctx, call.arguments)
 
     def _ended(self, call: Call, run: Run, transaction: ReadTransaction, value: Any, began: float) -> QueryRun:
-        encoded = call.function.encode_result(value)
-        return QueryRun(
-            encoded, None, transaction.read_set, run.parts, run.journal, self._shown_log(run), _cpu() - began
-        )
+        outcome = Outcome(call.function.encode_result(value), None, self._shown_log(run))
+        if transaction.read_set.moving:
+            depend_on_time(transaction)
+        if run.read_now and not self._is_production and transaction.read_set.rerun_at_ms is None:
+            self.events.emit(ClockRead(call.function.path))
+        return QueryRun(outcome, transaction.read_set, run.parts, run.nested, run.journal, _cpu() - began)
 
     def _query_failed(
         self, call: Call, run: Run, transaction: ReadTransaction, error: BaseException, began: float
     ) -> QueryRun:
-        failure = self._failure_of(error, call)
-        return QueryRun(
-            None, failure, transaction.read_set, run.parts, run.journal, self._shown_log(run), _cpu() - began
-        )
+        outcome = Outcome(None, self._failure_of(error, call), self._shown_log(run))
+        with suppress(LimitExceeded, RunTimedOut):  # it fails for that anyway
+            depend_on_time(transaction)
+        return QueryRun(outcome, transaction.read_set, run.parts, run.nested, run.journal, _cpu() - began)
 
     # -- mutations
 
@@ -159,7 +185,7 @@ class Runner:
         """Run a mutation in the savepoint that is open; the committer keeps or undoes what it wrote."""
         run = self._new_run(call, caller, transaction, may_run_long=True)
         try:
-            ctx = self.mutation_ctx(run, transaction)
+            ctx = self.mutation_ctx(run, transaction, is_restricted=caller.is_restricted)
             value = drive(
                 self._watchdog,
                 run,
@@ -175,19 +201,56 @@ class Runner:
             self.events.emit(MutationRan(call.function.path, outcome.failure is None))
         return Execution(outcome.value, outcome)
 
+    def execute_apart(self, call: Call, caller: Caller, transaction: WriteTransaction) -> Execution:
+        """Run a mutation in a savepoint of its own: if it fails, what was written before stays."""
+        savepoint = transaction.begin_nested()
+        execution = self.execute_mutation(call, caller, transaction)
+        if execution.value is None:
+            transaction.undo_nested(savepoint)
+        else:
+            transaction.end_nested(savepoint)
+        return execution
+
+    def run_by_itself(self, call: Call, transaction: WriteTransaction, work: Callable[[Run], None]) -> None:
+        """Run code of the app where the engine itself writes, bounded as any run is. Raises what became of an error."""
+        run = self._new_run(call, SYSTEM, transaction, may_run_long=True)
+        try:
+            drive(self._watchdog, run, lambda: work(run))
+        except (Exception, RunStopped) as error:
+            failure = self._failure_of(error, call)
+            if failure.error is error:
+                raise
+            raise failure.error from error
+        finally:
+            run.end(transaction)
+
     # -- actions
 
-    async def run_action(self, call: Call, caller: Caller, transactions: Transactions) -> Outcome:
+    async def run_action(
+        self, call: Call, caller: Caller, transactions: Transactions, request: Request | None = None
+    ) -> Outcome:
         """Run an action to its end or its time limit; a plain `def` runs in a thread, as it may block."""
-        run = Run(call.function, call.arguments, caller, self.limits, may_run_long=True)
+        run = Run(
+            call.function,
+            call.arguments,
+            caller,
+            self.limits,
+            may_run_long=True,
+            request=request,
+            settings=self.settings,
+        )
         calls = ActionCalls(self, run, transactions)
         now = self.clock.wall_ns() / 1_000_000
-        ctx = ActionCtx(run, now, lambda: self.clock.entropy(16), calls, ActionScheduler(self, run, transactions))
+        storage = ActionStorage(run, self.files, transactions)
+        scheduler = ActionScheduler(self, run, transactions)
+        ctx = ActionCtx(run, now, lambda: self.clock.entropy(16), calls, storage, scheduler)
 
         def invoke() -> Any:
             return call.function.signature.call(call.function.callable, ctx, call.arguments)
 
-        timeout = asyncio.timeout(self.limits.action_seconds_max)
+        seconds_max = call.function.timeout_seconds or self.limits.action_seconds_max
+        timeout = asyncio.timeout(None)
+        timer = self.clock.call_later(seconds_max, lambda: timeout.reschedule(asyncio.get_running_loop().time()))
         try:
             async with timeout:
                 if inspect.iscoroutinefunction(call.function.callable):
@@ -204,13 +267,14 @@ class Runner:
             if timeout.expired() and isinstance(error, TimeoutError):  # not the function's own
                 cause = LimitExceeded(
                     f"run time in s of {call.function.path}",
-                    used=self.limits.action_seconds_max,
-                    allowed=self.limits.action_seconds_max,
-                    remedy="Do less in one action, or raise limits.action_seconds_max.",
+                    used=seconds_max,
+                    allowed=seconds_max,
+                    remedy="Do less in one action, or raise its @action(timeout=…) or limits.action_seconds_max.",
                 )
                 cause.__cause__ = error
             outcome = Outcome(None, self._failure_of(cause, call), self._shown_log(run))
         finally:
+            timer.cancel()
             run.end()
         if self.events.listeners:
             self.events.emit(ActionRan(call.function.path, outcome.failure is None))
@@ -218,23 +282,47 @@ class Runner:
 
     # -- contexts, also for nested calls
 
-    def query_ctx(self, run: Run, transaction: ReadTransaction, now: float) -> QueryCtx:
-        return QueryCtx(
-            run, now, self._seed_of(run), NestedCalls(self, run, transaction, now), DatabaseReader(transaction, run)
-        )
+    def query_ctx(
+        self, call: Call, run: Run, transaction: ReadTransaction, now: float, *, is_restricted: bool
+    ) -> QueryCtx:
+        # by its own path and arguments: it draws the same numbers whoever calls it
+        def seed() -> bytes:
+            return b"%b|%b" % (call.function.path.encode(), call.arguments.canonical)
 
-    def mutation_ctx(self, run: Run, transaction: WriteTransaction) -> MutationCtx:
+        calls = NestedCalls(self, run, transaction, now, is_restricted=is_restricted)
+        db = DatabaseReader(transaction, run)
+        if is_restricted and self.registry.policies:
+            db.restrict(Guard(self.registry.policies, run, transaction, calls, db.unrestricted))
+        return QueryCtx(run, now, seed, calls, db, self, transaction)
+
+    def mutation_ctx(self, run: Run, transaction: WriteTransaction, *, is_restricted: bool) -> MutationCtx:
         now = transaction.now
-        return MutationCtx(
-            run,
-            now,
-            self._seed_of(run, now),
-            NestedCalls(self, run, transaction, now),
-            DatabaseWriter(transaction, run),
-            MutationScheduler(self, run, transaction),
-        )
+        calls = NestedCalls(self, run, transaction, now, is_restricted=is_restricted)
+        db = DatabaseWriter(transaction, run)
+        if is_restricted and self.registry.policies:
+            db.restrict(Guard(self.registry.policies, run, transaction, calls, db.unrestricted))
+        return MutationCtx(run, now, self._seed_of(run, now), calls, db, self, transaction)
 
-    def _seed_of(self, run: Run, now: float | None = None) -> Callable[[], bytes]:
+    # what few functions ask their context for
+
+    def query_storage(self, run: Run, transaction: ReadTransaction) -> QueryStorage:
+        return QueryStorage(run, self.files, transaction)
+
+    def mutation_storage(self, run: Run, transaction: WriteTransaction) -> MutationStorage:
+        return MutationStorage(run, self.files, transaction)
+
+    def scheduler(self, run: Run, transaction: WriteTransaction) -> MutationScheduler:
+        return MutationScheduler(self, run, transaction)
+
+    def limiter(self, run: Run, transaction: WriteTransaction) -> Limiter:
+        return Limiter(self, run, transaction)
+
+    def session(self, run: Run, transaction: WriteTransaction) -> MutationSession:
+        return MutationSession(self, run, transaction)
+
+    # -- inside
+
+    def _seed_of(self, run: Run, now: float) -> Callable[[], bytes]:
         number = run.context_count
         run.context_count += 1
         return lambda: b"%b|%b|%r|%d" % (run.function.path.encode(), run.arguments.canonical, now, number)
@@ -248,6 +336,7 @@ class Runner:
         may_run_long: bool,
         journal: str | None = None,
         is_cooperative: bool = False,
+        known: Known = knows_nothing,
     ) -> Run:
         run = Run(
             call.function,
@@ -258,6 +347,8 @@ class Runner:
             journal=journal,
             may_run_long=may_run_long,
             is_cooperative=is_cooperative,
+            known=known,
+            settings=self.settings,
         )
         run.begin(transaction)
         return run

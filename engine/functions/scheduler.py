@@ -2,11 +2,13 @@
 
     pending ──due, a mutation──> its effects and `succeeded`, one commit; if it raises, no effects and `failed`
        │    ──due, an action───> `running` (committed) ──> action ──> `succeeded` | `failed`
-       └── cancelled             the server stopped meanwhile: `failed` at the next start, never run twice
+       │                            │                    the server stopped meanwhile: `failed` at the next start
+       └── cancelled <── cancel ────┘
+    instead of `failed`: `pending` again, later, if the function has retries left and did not fail with an AppError
 
 Invariants
   1. A mutation job takes effect exactly once: the effects and the state of the job are one commit.
-  2. An action job starts at most once.
+  2. An action job starts at most once, and once more for each retry that its function declares.
   3. A cron has one row and so never two runs at a time; a time that was missed is made up for once.
   4. At most `scheduler_batch_count` jobs are under way, so a backlog starves nobody.
 """
@@ -14,33 +16,45 @@ Invariants
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
+
+import msgspec
 
 from engine.clock import Clock, TimerHandle
-from engine.errors import EngineClosed, EngineError, Overloaded, RequestError
+from engine.errors import AppError, EngineClosed, EngineError, Overloaded, RequestError
 from engine.events import Events, JobFinished
-from engine.functions.calls import Call, Outcome, Transactions
+from engine.functions.calls import Transactions
 from engine.functions.failures import Failure
 from engine.functions.jobs import CronJob, ScheduledJob
+from engine.functions.outcomes import Call, Outcome
 from engine.functions.registry import Cron
 from engine.functions.runner import Runner
 from engine.identity import SYSTEM
-from engine.ranges import IndexRange, after, before, key_prefix
-from engine.schema import Table
+from engine.ranges import IndexRange, before, key_prefix
 from engine.transaction.committer import Committer, Execution, Settled, Submission
-from engine.transaction.transaction import ReadTransaction, WriteTransaction
+from engine.transaction.reading import ReadTransaction
+from engine.transaction.transaction import WriteTransaction
 from engine.transaction.write_set import WriteSet
-
-T = TypeVar("T")
 
 _KEPT_MS = 7 * 86_400_000.0  # how long ended jobs can be looked at
 _SWEEP_SECONDS = 600.0  # between two sweeps of old jobs and ledger rows
 _SWEEP_COUNT = 1_000  # rows one sweep deletes at most, so that it stays short
 _RETRY_SECONDS = 1.0  # after an overload
+_BACKOFF_MS, _BACKOFF_MS_MAX = 1_000.0, 3_600_000.0  # before the first retry of a job; doubled before each other one
 _TIMER_SECONDS_MAX = 3_600.0  # a wall clock may be set meanwhile
 _ERROR_LENGTH_MAX = 4_096
 _JOBS, _CRONS = ScheduledJob.__table_name__, CronJob.__table_name__
 _NOTHING = b"null"
+
+
+class _Ending(msgspec.Struct, frozen=True):
+    """How one attempt ended."""
+
+    error: str | None  # None: it succeeded
+    is_final: bool  # trying again would change nothing
+
+
+_STOPPED = _Ending("the server stopped while it ran", is_final=False)
 
 
 class JobScheduler:
@@ -58,7 +72,7 @@ class JobScheduler:
         self._runner, self._committer, self._transactions = runner, committer, transactions
         self._read, self._clock, self._events = read, clock, events
         self._under_way: set[str] = set()  # ids of jobs and crons that were started and are not recorded as ended
-        self._tasks: set[asyncio.Task[None]] = set()  # actions
+        self._task_by_id: dict[str, asyncio.Task[None]] = {}  # actions under way, by job or cron
         self._timer: TimerHandle | None = None
         self._sweep_timer: TimerHandle | None = None
         self._look_is_due = False  # in the next turn of the loop
@@ -77,8 +91,13 @@ class JobScheduler:
         await self._transactions.write(lambda transaction, now: _sync_crons(transaction, now, wanted))
 
     def committed(self, write_set: WriteSet) -> None:
-        """A commit was published: if it changed jobs, look when the next is due."""
-        if any(write.table.name in (_JOBS, _CRONS) for write in write_set):
+        """A commit was published: if it changed jobs, stop those that it cancelled, and look when the next is due."""
+        written = [write for write in write_set if write.table.name in (_JOBS, _CRONS)]
+        for write in written:
+            task = self._task_by_id.get(write.document_id)
+            if task is not None and isinstance(write.new, ScheduledJob) and write.new.state == "cancelled":
+                task.cancel()
+        if written:
             self._look()
 
     @property
@@ -92,9 +111,10 @@ class JobScheduler:
         for timer in (self._timer, self._sweep_timer):
             if timer is not None:
                 timer.cancel()
-        for task in self._tasks:
+        tasks = list(self._task_by_id.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- finding what is due
 
@@ -109,11 +129,13 @@ class JobScheduler:
         now = self._clock.wall_ns() / 1_000_000
         transaction = self._read()
         next_due: list[float] = []
-        for document in (
-            *self._first(transaction, ScheduledJob, "by_state_due", "pending"),
-            *self._first(transaction, CronJob, "by_state_next", "waiting"),
-        ):
-            due_at = document.due_at if isinstance(document, ScheduledJob) else cast(CronJob, document).next_at
+        count = self._runner.limits.scheduler_batch_count + len(self._under_way) + 1  # more than can be started
+        waiting: list[ScheduledJob | CronJob] = [
+            *transaction.find(ScheduledJob, "by_state_due", "pending", limit=count),
+            *transaction.find(CronJob, "by_state_next", "waiting", limit=count),
+        ]
+        for document in waiting:
+            due_at = document.due_at if isinstance(document, ScheduledJob) else document.next_at
             if document.id in self._under_way:
                 continue
             if due_at > now:
@@ -125,96 +147,74 @@ class JobScheduler:
             delay = min((min(next_due) - now) / 1000, _TIMER_SECONDS_MAX)
             self._timer = self._clock.call_later(max(delay, 0.001), self._look)
 
-    def _first(self, transaction: ReadTransaction, table: type[Table], index_name: str, state: str) -> list[Any]:
-        """The first documents in this state, by when they are due; more than can be under way."""
-        transaction.lift_limits()
-        codec = transaction.catalog.of_type(table)
-        prefix = key_prefix([state])
-        index_range = IndexRange(codec.table.name, index_name, before(prefix), after(prefix))
-        count = self._runner.limits.scheduler_batch_count + len(self._under_way) + 1
-        return transaction.scan(
-            table, codec.table.indexes_by_name[index_name], index_range, descending=False, limit=count
-        )
-
     def _start(self, document: ScheduledJob | CronJob) -> None:
         arguments = document.arguments if isinstance(document, ScheduledJob) else b"{}"
         try:
             call = self._runner.resolve_any(("mutation", "action"), document.path, arguments)
         except RequestError as error:  # the function is gone, or takes other arguments now
             failure = self._runner.failures.of(error, document.path)
-            self._submit(
-                document, lambda transaction, now: self._end(transaction, document.id, now, _error_of(failure))
-            )
+            self._submit(document, lambda transaction: failure)
             return
         if call.function.kind == "action":
-            task = asyncio.create_task(self._run_action(document, call))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task = self._task_by_id[document.id] = asyncio.create_task(self._run_action(document, call))
+            task.add_done_callback(lambda task: self._forget(document.id, task))
         else:
-            self._submit_mutation(document, call)
+            self._submit(
+                document, lambda transaction: self._runner.execute_apart(call, SYSTEM, transaction).detail.failure
+            )
 
     # -- running
 
-    def _submit_mutation(self, document: ScheduledJob | CronJob, call: Call) -> None:
-        failures: list[Failure | None] = []
+    def _submit(self, document: ScheduledJob | CronJob, run: Callable[[WriteTransaction], Failure | None]) -> None:
+        """Have a mutation run, and how it ended recorded, as one commit."""
+        states: list[str] = []  # of each time that it ran: again, if storage undid its group
 
         def execute(transaction: WriteTransaction) -> Execution:
             if not _is_still_due(transaction, document):
                 return Execution(_NOTHING, None)
-            savepoint = transaction.begin_nested()
-            execution = self._runner.execute_mutation(call, SYSTEM, transaction)
-            if execution.value is None:
-                transaction.undo_nested(savepoint)
-            else:
-                transaction.end_nested(savepoint)
+            failure = run(transaction)
             if not transaction.is_open:
                 return Execution(None, None)  # storage has undone the group: the committer sees it
-            failure = execution.detail.failure
-            failures.append(failure)
-            self._end(transaction, document.id, self._clock.wall_ns() / 1_000_000, _error_of(failure))
+            now = self._clock.wall_ns() / 1_000_000
+            states.append(self._end(transaction, document.id, now, _ending_of(failure)))
             return Execution(_NOTHING, None)
 
         def settle(settled: Settled) -> None:
             self._settled(document, settled.error)
-            if settled.error is None and failures:
-                self._tell(document, failures[-1])
+            if settled.error is None and states:
+                self._tell(document, states[-1])
 
-        self._try_submit(document, Submission(execute, settle))
+        try:
+            self._committer.submit(Submission(execute, settle, function=document.path))
+        except (Overloaded, EngineClosed) as error:
+            self._settled(document, error)
 
     async def _run_action(self, document: ScheduledJob | CronJob, call: Call) -> None:
         try:
             is_due = await self._transactions.write(lambda transaction, now: _claim(transaction, document, now))
             if is_due:
                 outcome: Outcome = await self._runner.run_action(call, SYSTEM, self._transactions)
-                await self._record(document, _error_of(outcome.failure))
-                self._tell(document, outcome.failure)
+                self._tell(document, await self._record(document, _ending_of(outcome.failure)))
             self._settled(document, None)
         except (Overloaded, EngineClosed) as error:
             self._settled(document, error)
+        except asyncio.CancelledError:
+            self._settled(document, None)  # the job was cancelled, and its row says so; or the server stops
+            raise
 
-    async def _record(self, document: ScheduledJob | CronJob, error: str | None) -> None:
-        """Write down how an action ended: it has run, so this is tried until it succeeds."""
+    async def _record(self, document: ScheduledJob | CronJob, ending: _Ending) -> str:
+        """Write down how an action ended: it has run, so this is tried until it succeeds. Gives the new state."""
         while True:
             try:
-                await self._transactions.write(lambda transaction, now: self._end(transaction, document.id, now, error))
+                return await self._transactions.write(
+                    lambda transaction, now: self._end(transaction, document.id, now, ending)
+                )
             except Overloaded:
                 await self._clock.sleep(_RETRY_SECONDS)
-            else:
-                return
 
-    def _submit(self, document: ScheduledJob | CronJob, work: Callable[[WriteTransaction, float], None]) -> None:
-        def execute(transaction: WriteTransaction) -> Execution:
-            if _is_still_due(transaction, document):
-                work(transaction, self._clock.wall_ns() / 1_000_000)
-            return Execution(_NOTHING, None)
-
-        self._try_submit(document, Submission(execute, lambda settled: self._settled(document, settled.error)))
-
-    def _try_submit(self, document: ScheduledJob | CronJob, submission: Submission) -> None:
-        try:
-            self._committer.submit(submission)
-        except (Overloaded, EngineClosed) as error:
-            self._settled(document, error)
+    def _forget(self, document_id: str, task: "asyncio.Task[None]") -> None:
+        if self._task_by_id.get(document_id) is task:
+            del self._task_by_id[document_id]
 
     def _settled(self, document: ScheduledJob | CronJob, error: EngineError | None) -> None:
         """It is recorded as ended, or could not be for now."""
@@ -226,61 +226,81 @@ class JobScheduler:
         elif not self._is_closed:
             self._clock.call_later(_RETRY_SECONDS, self._look)
 
-    def _tell(self, document: ScheduledJob | CronJob, failure: Failure | None) -> None:
-        if self._events.listeners:
-            self._events.emit(JobFinished(document.path, "failed" if failure else "succeeded"))
+    def _tell(self, document: ScheduledJob | CronJob, state: str) -> None:
+        if self._events.listeners and state != "pending":
+            self._events.emit(JobFinished(document.path, state))
 
     # -- the rows
 
-    def _end(self, transaction: WriteTransaction, document_id: str, now: float, error: str | None) -> None:
+    def _end(self, transaction: WriteTransaction, document_id: str, now: float, ending: _Ending) -> str:
+        """Write down how one attempt ended; gives the state of the job now, of a cron that of the attempt."""
         transaction.lift_limits()
         document = transaction.get(document_id)
+        state = "succeeded" if ending.error is None else "failed"
         if isinstance(document, ScheduledJob):
-            state = "failed" if error is not None else "succeeded"
-            transaction.patch(document_id, {"state": state, "error": error, "finished_at": now})
+            if document.state == "cancelled":
+                return document.state
+            attempts = document.attempts + (document.state == "pending")  # an action was counted when it started
+            changes: dict[str, Any] = {"attempts": attempts, "error": ending.error, "finished_at": now}
+            function = self._runner.registry.by_path.get(document.path)
+            if not ending.is_final and function is not None and attempts <= function.retry_count:
+                state = "pending"
+                changes |= {"due_at": now + min(_BACKOFF_MS * 2 ** (attempts - 1), _BACKOFF_MS_MAX)}
+            transaction.patch(document_id, {"state": state, **changes})
         elif isinstance(document, CronJob):
             function = self._runner.registry.by_path.get(document.path)
             if function is None or function.cron is None:
                 transaction.delete(document_id)
-                return
-            next_at = function.cron.next_ms(now)
-            transaction.patch(document_id, {"state": "waiting", "next_at": next_at, "last_error": error})
+            else:
+                next_at = function.cron.next_ms(now)
+                transaction.patch(document_id, {"state": "waiting", "next_at": next_at, "last_error": ending.error})
+        return state
 
     def _recover(self, transaction: WriteTransaction, now: float) -> None:
         """What ran when the server stopped: an action job has failed, a cron waits for its next time."""
         for document in (
-            *self._first(transaction, ScheduledJob, "by_state_due", "running"),
-            *self._first(transaction, CronJob, "by_state_next", "running"),
+            *transaction.find(ScheduledJob, "by_state_due", "running"),
+            *transaction.find(CronJob, "by_state_next", "running"),
         ):
-            self._end(transaction, document.id, now, "the server stopped while it ran")
+            self._end(transaction, document.id, now, _STOPPED)
 
-    def _sweep_later(self) -> None:
-        self._sweep_timer = self._clock.call_later(_SWEEP_SECONDS, self._sweep)
+    def _sweep_later(self, seconds: float = _SWEEP_SECONDS) -> None:
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self._sweep_timer = self._clock.call_later(seconds, self._sweep)
 
     def _sweep(self) -> None:
         """Delete jobs that ended long ago, and ledger rows past their days."""
         self._committer.forget_outcomes()
         oldest = self._clock.wall_ns() / 1_000_000 - _KEPT_MS
+        is_all = True
 
         def execute(transaction: WriteTransaction) -> Execution:
+            nonlocal is_all
             transaction.lift_limits()
-            codec = transaction.catalog.of_type(ScheduledJob)
-            index = codec.table.indexes_by_name["by_state_finished"]
             for state in ("succeeded", "failed", "cancelled"):
-                prefix = key_prefix([state])
-                old = IndexRange(codec.table.name, index.name, before(prefix), before(prefix + key_prefix([oldest])))
-                for job in transaction.scan(ScheduledJob, index, old, descending=False, limit=_SWEEP_COUNT):
+                document_type, index, ended = transaction.range_of(ScheduledJob, "by_state_finished", state)
+                old = IndexRange(ended.table, ended.index, ended.start, before(key_prefix([state, oldest])))
+                jobs = transaction.scan(document_type, index, old, descending=False, limit=_SWEEP_COUNT)
+                for job in jobs:
                     transaction.delete(job.id)
+                is_all = is_all and len(jobs) < _SWEEP_COUNT
             return Execution(_NOTHING, None)
 
-        with contextlib.suppress(Overloaded, EngineClosed):  # the next sweep does it
-            self._committer.submit(Submission(execute, lambda settled: None))
+        def settle(settled: Settled) -> None:
+            if not is_all and not self._is_closed:
+                self._sweep_later(_RETRY_SECONDS)
+
         self._sweep_later()
+        with contextlib.suppress(Overloaded, EngineClosed):  # the next sweep does it
+            self._committer.submit(Submission(execute, settle))
 
 
-def _error_of(failure: Failure | None) -> str | None:
+def _ending_of(failure: Failure | None) -> _Ending:
     """What the row of a job keeps of it: data of an AppError may be larger than a document may be."""
-    return failure.likeness[:_ERROR_LENGTH_MAX] if failure is not None else None
+    if failure is None:
+        return _Ending(None, is_final=True)
+    return _Ending(failure.likeness[:_ERROR_LENGTH_MAX], is_final=failure.code == AppError.code)
 
 
 def _is_still_due(transaction: WriteTransaction, document: ScheduledJob | CronJob) -> bool:
@@ -293,24 +313,19 @@ def _is_still_due(transaction: WriteTransaction, document: ScheduledJob | CronJo
 
 
 def _claim(transaction: WriteTransaction, document: ScheduledJob | CronJob, now: float) -> bool:
-    """Mark as running before an action starts, so that it starts at most once (invariant 2)."""
+    """Mark as running before an action starts, so that nobody starts it again meanwhile (invariant 2)."""
     if not _is_still_due(transaction, document):
         return False
     changes: dict[str, Any] = {"state": "running"}
     if isinstance(document, ScheduledJob):
-        changes["started_at"] = now
+        changes |= {"started_at": now, "attempts": document.attempts + 1}
     transaction.patch(document.id, changes)
     return True
 
 
 def _sync_crons(transaction: WriteTransaction, now: float, wanted: dict[str, Cron]) -> None:
     transaction.lift_limits()
-    codec = transaction.catalog.of_type(CronJob)
-    index = codec.table.indexes_by_name["by_path"]
-    everything = IndexRange(codec.table.name, index.name, before(()), after(()))
-    found: dict[str, CronJob] = {
-        row.path: row for row in transaction.scan(CronJob, index, everything, descending=False, limit=None)
-    }
+    found = {row.path: row for row in transaction.find(CronJob, "by_path")}
     for path, cron in wanted.items():
         row, spec = found.pop(path, None), repr(cron)
         if row is None:

@@ -1,15 +1,17 @@
 """`ctx.scheduler`: putting work into the job table. `scheduler.py` takes it from there."""
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from engine.errors import FunctionMisuse, LimitExceeded
-from engine.functions.calls import Call, Transactions
+from engine.functions.calls import Transactions
 from engine.functions.context import FunctionReference
 from engine.functions.jobs import ScheduledJob
+from engine.functions.outcomes import Call
 from engine.functions.run import Run
+from engine.ids import Id
 from engine.transaction.transaction import WriteTransaction
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ class _Scheduler:
                 raise LimitExceeded(what, used=used, allowed=allowed, remedy=remedy)
         return ScheduledJob(path=call.function.path, arguments=encoded, due_at=due_at)
 
+    def _insert(self, transaction: WriteTransaction, job: ScheduledJob) -> Id[ScheduledJob]:
+        return cast("Id[ScheduledJob]", transaction.insert(job))
+
 
 class MutationScheduler(_Scheduler):
     """Of a mutation: jobs are rows of the same transaction."""
@@ -45,11 +50,13 @@ class MutationScheduler(_Scheduler):
         super().__init__(runner, run)
         self._transaction = transaction
 
-    async def run_after(self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any) -> str:
+    async def run_after(
+        self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any
+    ) -> Id[ScheduledJob]:
         return await self.run_at(self._transaction.now + _delay_ms(delay), function, **arguments)
 
-    async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> str:
-        return self._transaction.insert(self._job(function, arguments, float(when_ms)))
+    async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> Id[ScheduledJob]:
+        return self._insert(self._transaction, self._job(function, arguments, float(when_ms)))
 
     async def cancel(self, job_id: str) -> None:
         self._run.check_open()
@@ -63,16 +70,18 @@ class ActionScheduler(_Scheduler):
         super().__init__(runner, run)
         self._transactions = transactions
 
-    async def run_after(self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any) -> str:
+    async def run_after(
+        self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any
+    ) -> Id[ScheduledJob]:
         delay_ms = _delay_ms(delay)
         job = self._job(function, arguments, 0.0)
         return await self._transactions.write(
-            lambda transaction, now: transaction.insert(msgspec.structs.replace(job, due_at=now + delay_ms))
+            lambda transaction, now: self._insert(transaction, msgspec.structs.replace(job, due_at=now + delay_ms))
         )
 
-    async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> str:
+    async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> Id[ScheduledJob]:
         job = self._job(function, arguments, float(when_ms))
-        return await self._transactions.write(lambda transaction, now: transaction.insert(job))
+        return await self._transactions.write(lambda transaction, now: self._insert(transaction, job))
 
     async def cancel(self, job_id: str) -> None:
         self._run.check_open()
@@ -80,11 +89,11 @@ class ActionScheduler(_Scheduler):
 
 
 def cancel_job(transaction: WriteTransaction, job_id: str, now: float) -> None:
-    """Cancel a job that is still to come."""
+    """Cancel a job that is still to come, or an action that runs: `scheduler.py` stops it after the commit."""
     job = transaction.get(job_id)
     if job is not None and not isinstance(job, ScheduledJob):
         raise FunctionMisuse(f"cancel: {job_id!r} is no id of a job; run_after and run_at give one.")
-    if job is not None and job.state == "pending":
+    if job is not None and job.state in ("pending", "running"):
         transaction.patch(job_id, {"state": "cancelled", "finished_at": now})
 
 

@@ -4,20 +4,24 @@ Invariants
   1. An entry is listed under exactly the documents and ranges of its newest read set.
   2. `affected` costs what it returns plus a few look-ups per written index, however many entries are listed.
   3. Old and new keys of a write both count: a row that leaves a range changes its result too.
-  4. A range of which only the keys were read is affected only when a key comes or goes: by the old key or by the new
+  4. A number of a total is affected only by a write that changes that number.
+  5. A range of which only the keys were read is affected only when a key comes or goes: by the old key or by the new
      one, not by both.
 
 A range is found by hashing the columns that are equal for all its keys; within one such bucket, ranges that are not the
-whole bucket lie in an interval tree. Knows nothing of running queries (`publisher`) or of clients (`sync`).
+whole bucket lie in an interval tree. Searches are found in `search_entries.py`. Knows nothing of running queries
+(`publisher`) or of clients (`sync`).
 """
 
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from engine.live.intervals import IntervalTree
+from engine.live.search_entries import SearchEntries
 from engine.ranges import IndexRange, OrderKey, after, before
-from engine.schema import IndexSchema
+from engine.schema import KeyOf
 from engine.transaction.read_set import ReadSet
+from engine.transaction.totals import cell_changes
 from engine.transaction.write_set import Write
 
 E = TypeVar("E", bound=Hashable)
@@ -30,10 +34,16 @@ class InvalidationIndex(Generic[E]):
     def __init__(self) -> None:
         self._read_set_by_entry: dict[E, ReadSet] = {}
         self._by_document: dict[tuple[str, str], set[E]] = {}
+        self._by_cell: dict[tuple[str, str], dict[tuple[OrderKey, str | None], set[E]]] = {}  # of each aggregate
         self._by_index: dict[tuple[str, str], _IndexEntries[E]] = {}
+        self._by_search_index: dict[tuple[str, str], SearchEntries[E]] = {}
 
     def __len__(self) -> int:
         return len(self._read_set_by_entry)
+
+    def read_set_of(self, entry: E) -> ReadSet:
+        """What an entry is listed under."""
+        return self._read_set_by_entry[entry]
 
     def put(self, entry: E, read_set: ReadSet) -> None:
         """List an entry under its newest read set (invariant 1)."""
@@ -44,12 +54,18 @@ class InvalidationIndex(Generic[E]):
         self._read_set_by_entry[entry] = read_set
         for place in read_set.documents:
             self._by_document.setdefault(place, set()).add(entry)
+        for cell in read_set.cells:
+            by_number = self._by_cell.setdefault((cell.table, cell.aggregate), {})
+            by_number.setdefault((cell.key, cell.field), set()).add(entry)
         for index_range, is_keys_only in _ranges_of(read_set):
             place = (index_range.table, index_range.index)
             entries = self._by_index.get(place)
             if entries is None:
                 entries = self._by_index[place] = _IndexEntries()
             entries.add(entry, index_range, is_keys_only=is_keys_only)
+        for search in read_set.searches:
+            place = (search.table, search.index)
+            self._by_search_index.setdefault(place, SearchEntries()).add(entry, search)
 
     def remove(self, entry: E) -> None:
         """Forget an entry; nothing happens if it is not listed."""
@@ -61,6 +77,14 @@ class InvalidationIndex(Generic[E]):
             entries_here.discard(entry)
             if not entries_here:
                 del self._by_document[place]
+        for cell in read_set.cells:
+            by_number = self._by_cell[cell.table, cell.aggregate]
+            entries_here = by_number[cell.key, cell.field]
+            entries_here.discard(entry)
+            if not entries_here:
+                del by_number[cell.key, cell.field]
+                if not by_number:
+                    del self._by_cell[cell.table, cell.aggregate]
         for index_range, is_keys_only in _ranges_of(read_set):
             place = (index_range.table, index_range.index)
             entries = self._by_index.get(place)
@@ -68,6 +92,13 @@ class InvalidationIndex(Generic[E]):
                 entries.remove(entry, index_range, is_keys_only=is_keys_only)
                 if not entries:
                     del self._by_index[place]
+        for search in read_set.searches:
+            place = (search.table, search.index)
+            searches = self._by_search_index.get(place)
+            if searches is not None:
+                searches.remove(entry, search)
+                if not searches:
+                    del self._by_search_index[place]
 
     def affected(self, writes: Iterable[Write]) -> set[E]:
         """The entries whose result these writes may have changed."""
@@ -77,10 +108,20 @@ class InvalidationIndex(Generic[E]):
             here = self._by_document.get((table.name, write.document_id))
             if here is not None:
                 found |= here
-            for index in table.indexes_by_name.values():
-                entries = self._by_index.get((table.name, index.name))
+            for range_name, key_of in table.key_places:
+                entries = self._by_index.get((table.name, range_name))
                 if entries is not None:
-                    entries.find(*_keys_of(index, write), found)
+                    entries.find(*_keys_of(key_of, write), found)
+            for aggregate in table.aggregates:
+                by_number = self._by_cell.get((table.name, aggregate.name))
+                if by_number is not None:
+                    for change in cell_changes(table, aggregate, write.old, write.new):
+                        for field in change.entries(aggregate):
+                            found |= by_number.get((change.key, field), frozenset())
+            for search_index in table.search_indexes_by_name.values():
+                searches = self._by_search_index.get((table.name, search_index.name))
+                if searches is not None:
+                    searches.find(search_index, write, found)
         return found
 
 
@@ -127,7 +168,7 @@ class _IndexEntries(Generic[E]):
                 if bucket is not None and key is not None:
                     bucket.documents.find(key, found)
             if old_key == new_key:
-                continue  # invariant 4: no key came or went
+                continue  # invariant 5: no key came or went
             left: set[tuple[E, IndexRange]] = set()
             entered: set[tuple[E, IndexRange]] = set()
             if old_bucket is not None and old_key is not None:
@@ -189,7 +230,7 @@ def _ranges_of(read_set: ReadSet) -> Iterator[tuple[IndexRange, bool]]:
         yield index_range, True
 
 
-def _keys_of(index: IndexSchema, write: Write) -> tuple[OrderKey | None, OrderKey | None]:
-    old_key = index.key_of(write.old) if write.old is not None else None
-    new_key = index.key_of(write.new) if write.new is not None else None
+def _keys_of(key_of: KeyOf, write: Write) -> tuple[OrderKey | None, OrderKey | None]:
+    old_key = key_of(write.old) if write.old is not None else None
+    new_key = key_of(write.new) if write.new is not None else None
     return old_key, new_key

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.functions.calls import Call
-from engine.functions.failures import Failure
-from engine.identity import Identity, Part, part_of
+from engine.errors import AppError
+from engine.events import Cause
+from engine.functions.outcomes import Call, NestedQuery, Outcome
+from engine.identity import Identity, Part
 
 if TYPE_CHECKING:
     from engine.live.view import View
-
-__all__ = ["Ask", "Failure", "LiveQuery", "Result", "Variant"]
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -32,8 +31,9 @@ class Ask(msgspec.Struct, frozen=True):
     journal: str | None
 
 
-# What the run read of the identity: the parts, and what they were (made comparable). Callers with the same share.
-Variant = tuple[tuple[Part, str], ...]
+# What the run read of who asks: the parts, and what they were (made comparable). Callers with the same share.
+SharedPart = Part | NestedQuery
+Variant = tuple[tuple[SharedPart, object], ...]
 
 
 class Result:
@@ -42,19 +42,35 @@ class Result:
     When the cache needs room, the live query keeps an `evicted` one: without bytes, with their digest.
     """
 
-    __slots__ = ("_digest", "encoded", "failure", "is_evicted", "journal", "log_lines", "ts", "value")
+    __slots__ = ("_digest", "_token", "encoded", "failure", "is_evicted", "journal", "log_lines", "ts", "value")
 
-    def __init__(
-        self, *, ts: int, value: bytes | None, failure: Failure | None, journal: str | None, log_lines: tuple[str, ...]
-    ) -> None:
+    def __init__(self, ts: int, outcome: Outcome | None, journal: str | None) -> None:
         self.ts = ts  # the snapshot of the run that first gave it
-        self.value = value  # JSON
-        self.failure = failure
+        self.value = outcome.value if outcome is not None else None  # JSON
+        self.failure = outcome.failure if outcome is not None else None
+        self.log_lines = outcome.log_lines if outcome is not None else ()
         self.journal = journal
-        self.log_lines = log_lines
         self.encoded: bytes | None = None  # the shared part of its wire form; set by sync.protocol on first use
-        self.is_evicted = False
+        self.is_evicted = outcome is None
         self._digest: bytes | None = None
+        self._token: bytes | None = None
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether another run on the same data gives the same: a value or the app's refusal, not a run that was cut."""
+        return self.is_evicted or self.failure is None or self.failure.code == AppError.code
+
+    @property
+    def outcome(self) -> Outcome:
+        assert not self.is_evicted
+        return Outcome(self.value, self.failure, self.log_lines)
+
+    @property
+    def token(self) -> bytes:
+        """Equal for results that a query which calls this one cannot tell apart."""
+        if self._token is None:
+            self._token = self.outcome.token
+        return self._token
 
     @property
     def digest(self) -> bytes:
@@ -76,8 +92,8 @@ class Result:
 
     def evicted(self) -> "Result":
         """The same without its bytes."""
-        light = Result(ts=self.ts, value=None, failure=None, journal=self.journal, log_lines=())
-        light.is_evicted, light._digest = True, self.digest
+        light = Result(self.ts, None, self.journal)
+        light._digest, light._token = self.digest, self.token
         return light
 
     def _seen(self) -> tuple[Any, ...]:
@@ -87,22 +103,44 @@ class Result:
 class LiveQuery:
     """A query, its newest result and who watches it."""
 
-    __slots__ = ("ask", "call", "identity", "is_dirty", "keys", "new_key", "result", "variant", "watchers")
+    __slots__ = (
+        "ask",
+        "call",
+        "cause",
+        "dependents",
+        "identity",
+        "is_dirty",
+        "is_restricted",
+        "keys",
+        "moment_ms",
+        "new_key",
+        "result",
+        "variant",
+        "watchers",
+    )
 
-    def __init__(self, ask: Ask, call: Call | None, identity: Identity | None) -> None:
+    def __init__(self, ask: Ask, call: Call | None, identity: Identity | None, *, is_restricted: bool) -> None:
         self.ask = ask
         self.call = call  # None when no such function takes such arguments: `result` says why
         self.identity = identity  # whose run it is: any one watcher's, as all agree in what the run read
+        self.is_restricted = is_restricted  # policies apply; not to queries that policies themselves ask
         self.is_dirty = True  # True until the first run, and from each commit that touches it to the next run
+        self.cause: Cause | None = None  # why it runs again; only while somebody traces
         self.result: Result | None = None  # set by publisher
         self.variant: Variant = ()  # of the run that gave `result`
-        self.keys: set[tuple[Any, ...]] = set()  # where publisher lists it
-        self.new_key: tuple[Any, ...] = ()  # where publisher finds it until it has run
+        self.moment_ms: float | None = None  # when time alone may change the result
+        self.keys: set[tuple[Any, ...]] = set()  # where `sharing` lists it
+        self.new_key: tuple[Any, ...] = ()  # where `sharing` finds it until it has run
         self.watchers: dict[View, set[int]] = {}  # the query ids under which each view holds it
+        self.dependents: dict[View, set[int]] = {}  # those of queries that call it, and share by what it returns
 
     @property
     def path(self) -> str:
         return self.ask.path
+
+    @property
+    def is_watched(self) -> bool:
+        return bool(self.watchers or self.dependents)
 
     @property
     def journal(self) -> str | None:
@@ -111,11 +149,7 @@ class LiveQuery:
             return self.result.journal
         return self.ask.journal
 
-    def suits(self, identity: Identity | None) -> bool:
-        """Whether the result is right for this caller too."""
-        return self.variant == variant_of(identity, [part for part, _ in self.variant])
-
-
-def variant_of(identity: Identity | None, parts: list[Part]) -> Variant:
-    """These parts of an identity, comparable."""
-    return tuple((part, repr(part_of(identity, part))) for part in parts)
+    @property
+    def nested(self) -> list[NestedQuery]:
+        """The queries that its run called and that asked who asks."""
+        return [part for part, _ in self.variant if isinstance(part, NestedQuery)]

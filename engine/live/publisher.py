@@ -14,27 +14,29 @@ Invariants
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from engine.clock import Clock, cpu_clock
 from engine.errors import InternalError, RequestError
-from engine.events import Events, QueryRan, ResultChanged, ResultUnchanged
-from engine.functions.run import RanLong
-from engine.functions.runner import QueryRun, Runner
-from engine.identity import Caller, Identity, Part
+from engine.events import Events, QueryRan, Reran, ResultChanged, ResultUnchanged
+from engine.functions.outcomes import NestedQuery, Outcome, QueryRun
+from engine.functions.run import Known, RanLong
+from engine.functions.runner import Runner
+from engine.identity import Caller, Identity
+from engine.live.causes import Written, cause_of
 from engine.live.invalidation import InvalidationIndex
-from engine.live.live_query import Ask, LiveQuery, Result, Variant, variant_of
+from engine.live.live_query import Ask, LiveQuery, Result
+from engine.live.moments import Moments
 from engine.live.results import ResultCache
+from engine.live.sharing import Sharing
 from engine.live.view import View
 from engine.storage.connections import SnapshotReader
 from engine.transaction.read_set import ReadSet
+from engine.transaction.reading import Catalog, ReadTransaction
 from engine.transaction.snapshots import Snapshots
-from engine.transaction.transaction import Catalog, ReadTransaction
 from engine.transaction.write_set import WriteSet
 
 _cpu = cpu_clock()
-_Key = tuple[str, bytes, str | None]  # function path, canonical arguments, journal that it starts from
 
 
 class Publisher:
@@ -48,6 +50,7 @@ class Publisher:
         clock: Clock,
         events: Events,
         on_fatal: Callable[[InternalError], None],
+        ask_for_commit: Callable[[], bool],
     ) -> None:
         self._runner, self._snapshots, self.catalog = runner, snapshots, catalog
         self._clock, self._events, self._on_fatal = clock, events, on_fatal
@@ -55,8 +58,7 @@ class Publisher:
         self.is_passing = False  # a pass is under way: views take nothing
         self.views: set[View] = set()
         self._index: InvalidationIndex[LiveQuery] = InvalidationIndex()
-        self._listed: dict[_Key, dict[tuple[Part, ...], dict[Variant, LiveQuery]]] = {}
-        self._new: dict[tuple[Any, ...], LiveQuery] = {}  # those that never ran: what they read is not known
+        self._sharing = Sharing(self._run_unless_it_waits, self._use, self._release)
         self._cache = ResultCache(runner.limits, self._drop)
         self._ready: dict[View, None] = {}  # to be told when the pass is over
         self._tell_is_due = False
@@ -67,6 +69,7 @@ class Publisher:
         self._round: asyncio.Task[None] | None = None
         self._round_members: dict[LiveQuery, None] = {}  # of the round under way, not run yet
         self._round_writes = WriteSet()  # committed since it began
+        self._moments = Moments(clock, runner.limits, ask_for_commit, self._drop)
 
     # -- what views call
 
@@ -75,27 +78,12 @@ class Publisher:
         try:
             call = self._runner.resolve("query", ask.path, ask.arguments)
         except RequestError as error:  # no such function, wrong arguments: a result like any other, but not shared
-            live_query = LiveQuery(ask, None, identity)
+            live_query = LiveQuery(ask, None, identity, is_restricted=True)
             failure = self._runner.failures.of(error, ask.path)
-            live_query.result = Result(ts=self.ts, value=None, failure=failure, journal=ask.journal, log_lines=())
+            live_query.result = Result(self.ts, Outcome(None, failure, ()), ask.journal)
             live_query.is_dirty = False
             return live_query
-        key = (call.function.path, call.arguments.canonical, ask.journal)
-        variants = []
-        for parts, by_variant in self._listed.get(key, {}).items():
-            variant = variant_of(identity, list(parts))
-            found = by_variant.get(variant)
-            if found is not None:
-                return found
-            variants.append(variant)
-        # as far as is known they can share what has not run yet; if not, the run splits them
-        new_key = (*key, tuple(variants))
-        waiting = self._new.get(new_key)
-        if waiting is not None:
-            return waiting
-        live_query = self._new[new_key] = LiveQuery(ask, call, identity)
-        live_query.new_key = new_key
-        return live_query
+        return self._sharing.find(ask, call, identity, is_restricted=True)
 
     def attach(self, view: View, query_id: int, live_query: LiveQuery) -> None:
         """The view holds the query under this id from now on; one without a result is run at once."""
@@ -105,26 +93,26 @@ class Publisher:
             view.wait_for(live_query)
         elif live_query.is_dirty:
             self._run(live_query)
+        if view.held(query_id) is live_query:  # else the run has shown that it is not right for this caller
+            self._sharing.depend(view, query_id, live_query)
 
     def detach(self, view: View, query_id: int, live_query: LiveQuery) -> None:
         """The view no longer holds the query under this id. The result stays for the next who asks, for a while."""
+        self._sharing.forget(view, query_id)
         query_ids = live_query.watchers[view]
         query_ids.discard(query_id)
-        if query_ids:
-            return
-        del live_query.watchers[view]
-        if live_query.watchers:
-            return
-        result = live_query.result
-        if live_query.is_dirty or not live_query.keys or result is None or result.value is None:
-            self._drop(live_query)
-        else:
-            self._cache.leave(live_query)
+        if not query_ids:
+            del live_query.watchers[view]
+            if not live_query.is_watched:
+                self._release(live_query)
+
+    def suits(self, live_query: LiveQuery, identity: Identity | None) -> bool:
+        """Whether the result is right for this caller too."""
+        return self._sharing.suits(live_query, identity)
 
     def refill(self, live_query: LiveQuery) -> None:
         """Get the bytes of an evicted result again, unless a round will."""
-        if live_query not in self._long_waiting and live_query not in self._round_members:
-            self._run(live_query)
+        self._run_unless_it_waits(live_query)
 
     @property
     def has_time(self) -> bool:
@@ -150,25 +138,31 @@ class Publisher:
 
     # -- what the engine calls
 
-    async def publish(self, ts: int, write_set: WriteSet) -> None:
-        """Readers show `ts` now; run what the writes touch and tell who sees a change."""
+    async def publish(self, ts: int, write_set: WriteSet, writers: Iterable[Written] = ()) -> None:
+        """Readers show `ts` now; run what the writes touch and tell who sees a change.
+
+        `writers` are those who wrote, for whoever wants to know why queries run.
+        """
         self.ts = ts
         if self._round is not None:
             self._round_writes.merge(write_set)
-        affected = self._index.affected(write_set)
+        affected = self._index.affected(write_set) | self._moments.due()
         if not affected:
             self._begin_round()
             return
         self.is_passing = True
         turn_end = _cpu() + self._slice_seconds
-        for live_query in affected:
-            if not live_query.watchers:
+        for live_query in affected:  # all of them first: one may be needed to know who shares another
+            if live_query.is_watched:
+                live_query.is_dirty = True
+                if self._events.is_traced:
+                    read_set = self._index.read_set_of(live_query)
+                    live_query.cause = cause_of(ts, read_set, writers, self.catalog)
+            else:
                 self._drop(live_query)  # invariant 4
-                continue
-            live_query.is_dirty = True
-            if live_query in self._long_waiting or live_query in self._round_members:
-                continue
-            self._run(live_query)
+        for live_query in affected:
+            if live_query.is_dirty and live_query.is_watched:
+                self._run_unless_it_waits(live_query)
             if _cpu() > turn_end:
                 await asyncio.sleep(0)
                 turn_end = _cpu() + self._slice_seconds
@@ -185,8 +179,8 @@ class Publisher:
             view.reattach_all()
             self.tell_later(view)
         self._index = InvalidationIndex()
-        self._listed.clear()
-        self._new.clear()
+        self._moments.clear()
+        self._sharing.clear()
         self._cache.clear()
 
     async def ask_once(self, path: str, arguments: bytes, identity: Identity | None) -> Result:
@@ -211,50 +205,36 @@ class Publisher:
         return self._round is None and not self._long_waiting and not self._ready and not self.is_passing
 
     async def close(self) -> None:
+        self._moments.close()
         if self._round is not None:
             self._round.cancel()
             await asyncio.gather(self._round, return_exceptions=True)
 
-    # -- listing
-
-    def _list(self, live_query: LiveQuery, journals: set[str | None]) -> bool:
-        """List a live query under these starting journals; False if another one gives its callers the same already."""
-        assert live_query.call is not None
-        self._unlist(live_query)
-        path, canonical = live_query.call.function.path, live_query.call.arguments.canonical
-        parts, variant = tuple(part for part, _ in live_query.variant), live_query.variant
-        same_page = self._listed.get((path, canonical, live_query.journal), {}).get(parts, {}).get(variant)
-        serving = same_page or live_query
-        if serving.is_dirty:  # it is about to change: asks under another journal may not rely on it
-            return False
-        for journal in journals:
-            key = (path, canonical, journal)
-            by_variant = self._listed.setdefault(key, {}).setdefault(parts, {})
-            if by_variant.setdefault(variant, serving) is serving:
-                serving.keys.add((key, parts, variant))
-        return serving is live_query
-
-    def _unlist(self, live_query: LiveQuery) -> None:
-        for key, parts, variant in live_query.keys:
-            by_parts = self._listed.get(key, {})
-            by_variant = by_parts.get(parts, {})
-            if by_variant.get(variant) is live_query:
-                del by_variant[variant]
-                if not by_variant:
-                    del by_parts[parts]
-                    if not by_parts:
-                        del self._listed[key]
-        live_query.keys.clear()
-        if self._new.get(live_query.new_key) is live_query:
-            del self._new[live_query.new_key]
+    # -- keeping
 
     def _drop(self, live_query: LiveQuery) -> None:
-        self._unlist(live_query)
+        self._sharing.unlist(live_query)
         self._index.remove(live_query)
+        self._moments.put(live_query, None)
         self._cache.forget(live_query)
         self._long_waiting.pop(live_query, None)
 
+    def _use(self, live_query: LiveQuery) -> None:
+        self._cache.use(live_query)
+
+    def _release(self, live_query: LiveQuery) -> None:
+        """Nobody watches it any more: it is kept for the next who asks, until a commit touches it or room is needed."""
+        result = live_query.result
+        if live_query.is_dirty or not live_query.keys or result is None or not result.is_repeatable:
+            self._drop(live_query)
+        else:
+            self._cache.leave(live_query)
+
     # -- running
+
+    def _run_unless_it_waits(self, live_query: LiveQuery) -> None:
+        if live_query not in self._long_waiting and live_query not in self._round_members:
+            self._run(live_query)
 
     def _run(self, live_query: LiveQuery) -> None:
         """Run on the published snapshot; what would hold the loop waits for a round."""
@@ -263,12 +243,21 @@ class Publisher:
         if call.function.path in self._long_paths:
             self._wait_for_round(live_query)
             return
-        if live_query.watchers:
+        if live_query.nested and not self._choose_identity(live_query):
+            return
+        if not live_query.nested and live_query.watchers:
             live_query.identity = next(iter(live_query.watchers)).identity
         transaction = ReadTransaction(self._snapshots.reader, self.catalog, self._runner.limits)
+        identity = live_query.identity
+        caller = Caller(identity, is_restricted=live_query.is_restricted)
         try:
             run = self._runner.run_query(
-                call, Caller(live_query.identity), transaction, self._now_ms(), live_query.journal
+                call,
+                caller,
+                transaction,
+                self._moments.now_ms(),
+                live_query.journal,
+                self._known_at(identity, self.ts),
             )
         except RanLong:
             self._long_paths.add(call.function.path)
@@ -276,16 +265,42 @@ class Publisher:
             return
         self._finish(live_query, run, self.ts)
 
-    def _finish(self, live_query: LiveQuery, run: QueryRun, ts: int) -> None:
-        """Take over what a run gave."""
+    def _choose_identity(self, live_query: LiveQuery) -> bool:
+        """One for whom the queries that it calls still return what it is shared by; the others leave.
+
+        False when there is none: then it does not run.
+        """
+        for view in [*live_query.watchers, *live_query.dependents]:
+            if self._sharing.suits(live_query, view.identity):
+                live_query.identity = view.identity
+                return True
+            self._move(view, live_query)
+        if live_query.is_watched:
+            self._wait_for_round(live_query)  # what it calls is known after the round
+        else:
+            self._drop(live_query)
+        return False
+
+    def _move(self, view: View, live_query: LiveQuery) -> None:
+        """This view finds another live query for what it asked."""
+        for query_id in list(live_query.watchers.get(view, ())):
+            view.reattach(query_id)
+        self.tell_later(view)
+
+    def _finish(self, live_query: LiveQuery, run: QueryRun, ts: int, *, is_part: bool = False) -> None:
+        """Take over what a run gave; `is_part`: it was made inside of another one."""
         call, old, started_from = live_query.call, live_query.result, live_query.journal
         assert call is not None
-        result = Result(ts=ts, value=run.value, failure=run.failure, journal=run.journal, log_lines=run.log_lines)
+        for nested, inner in run.nested.items():
+            self._adopt(nested, inner, live_query.identity, ts)
+        result = Result(ts, run.outcome, run.journal)
         events = self._events
-        if events.listeners:
+        if events.listeners and not is_part:
             events.emit(QueryRan(call.function.path, ts))
         live_query.is_dirty = False
         self._index.put(live_query, run.read_set)
+        self._moments.put(live_query, run.read_set.rerun_at_ms)
+        is_news_to_callers = bool(live_query.dependents) and (old is None or old.token != result.token)
         if old is not None and result.looks_like(old):
             if events.listeners:
                 events.emit(ResultUnchanged(call.function.path, ts))
@@ -296,20 +311,55 @@ class Publisher:
             for view, query_ids in live_query.watchers.items():
                 view.changed(query_ids)
                 self.tell_later(view)
-            if events.listeners:
+            if events.listeners and not is_part:
                 events.emit(ResultChanged(call.function.path, ts))
+        if live_query.cause is not None:
+            is_changed = live_query.result is not old
+            events.emit(Reran(call.function.path, live_query.ask.arguments, live_query.cause, is_changed))
+            live_query.cause = None
         self._cache.put(live_query)
-        variant = tuple((part, repr(value)) for part, value in run.parts.items())
+        variant = tuple(
+            (part, value if isinstance(part, NestedQuery) else repr(value)) for part, value in run.parts.items()
+        )
         # a page that ran again from its journal no longer is what one asks who starts without
         journals = {started_from, live_query.journal}
-        if variant != live_query.variant or journals != {key[2] for key, _, _ in live_query.keys}:
+        if variant != live_query.variant or journals != {key[2] for key, *_ in live_query.keys}:
             live_query.variant = variant
-            is_listed = self._list(live_query, journals)
+            is_listed = self._sharing.list(live_query, journals)
             for view in list(live_query.watchers):
                 # a re-run that reads more of the identity splits its subscribers
-                if not is_listed or not live_query.suits(view.identity):
-                    for query_id in list(live_query.watchers[view]):
-                        view.reattach(query_id)
+                if is_listed and self._sharing.suits(live_query, view.identity):
+                    for query_id in live_query.watchers[view]:
+                        self._sharing.depend(view, query_id, live_query)
+                else:
+                    self._move(view, live_query)
+            is_news_to_callers = True
+        if is_news_to_callers:
+            self._tell_dependents(live_query)
+        if not live_query.is_watched:
+            self._release(live_query)
+
+    def _adopt(self, nested: NestedQuery, run: QueryRun, identity: Identity | None, ts: int) -> None:
+        """A query was run inside of another one: that is its own first run, too."""
+        live_query = self._sharing.look_up(nested, identity)
+        if live_query is None:
+            ask = Ask(nested.call.function.path, b"", None)
+            live_query = LiveQuery(ask, nested.call, identity, is_restricted=nested.is_restricted)
+        elif live_query.result is None or not live_query.result.is_evicted:
+            return
+        self._finish(live_query, run, ts, is_part=True)
+
+    def _tell_dependents(self, live_query: LiveQuery) -> None:
+        """What queries share by has changed: those for whom another one is right now look for it."""
+        for view, query_ids in list(live_query.dependents.items()):
+            for query_id in list(query_ids):
+                held = view.held(query_id)
+                if held is None:
+                    continue
+                if self._sharing.suits(held, view.identity):
+                    self._sharing.depend(view, query_id, held)
+                else:
+                    view.reattach(query_id)
                     self.tell_later(view)
 
     # -- long queries
@@ -317,7 +367,7 @@ class Publisher:
     def _wait_for_round(self, live_query: LiveQuery) -> None:
         live_query.is_dirty = True
         self._long_waiting[live_query] = None
-        for view in live_query.watchers:
+        for view in [*live_query.watchers, *live_query.dependents]:
             view.wait_for(live_query)
         if not self.is_passing:
             self._begin_round()
@@ -326,12 +376,12 @@ class Publisher:
         """Run all long queries that wait, unless a round is under way."""
         if self.is_passing or self._round is not None or not self._long_waiting:
             return
-        ts, now_ms, reader = self.ts, self._now_ms(), self._snapshots.lend(self.ts)
+        ts, now_ms, reader = self.ts, self._moments.now_ms(), self._snapshots.lend(self.ts)
         assert reader is not None, "the published snapshot is always there"
         self._round_members, self._long_waiting = self._long_waiting, {}
         self._round_writes = WriteSet()
         for live_query in self._round_members:
-            for view in live_query.watchers:
+            for view in {**live_query.watchers, **live_query.dependents}:
                 view.hold(self.ts, live_query)
 
         async def run_round() -> None:
@@ -353,33 +403,37 @@ class Publisher:
             live_query = next(iter(self._round_members))
             call = live_query.call
             assert call is not None
-            if live_query.watchers:
-                live_query.identity = next(iter(live_query.watchers)).identity
+            if live_query.is_watched:
+                identity = live_query.identity = next(iter(live_query.watchers or live_query.dependents)).identity
                 transaction = ReadTransaction(reader, self.catalog, self._runner.limits)
+                caller = Caller(identity, is_restricted=live_query.is_restricted)
                 run = await self._runner.run_long_query(
-                    call, Caller(live_query.identity), transaction, now_ms, live_query.journal
+                    call, caller, transaction, now_ms, live_query.journal, self._known_at(identity, ts)
                 )
                 if run.duration_seconds < self._slice_seconds / 2:
                     self._long_paths.discard(call.function.path)
             self._round_members.pop(live_query, None)
-            if not live_query.watchers:
+            if not live_query.is_watched:
                 self._drop(live_query)
                 continue
-            watchers = list(live_query.watchers.items())
+            for nested, inner in list(run.nested.items()):
+                if _touches(inner.read_set, self._round_writes):
+                    del run.nested[nested]  # it is not true any more
+            watchers, dependents = dict(live_query.watchers), list(live_query.dependents)
             self._finish(live_query, run, ts)
-            for view, query_ids in watchers:
-                view.settled(live_query, query_ids)
+            for view in {**watchers, **dict.fromkeys(dependents)}:
+                view.settled(live_query, watchers.get(view, set()))
                 self.tell_later(view)
             if _touches(run.read_set, self._round_writes):
                 self._wait_for_round(live_query)
         self._round = None
         self._begin_round()
 
+    def _known_at(self, identity: Identity | None, ts: int) -> Known:
+        return lambda nested: self._sharing.known(nested, identity, ts)
+
     def _close_turn(self) -> None:
         self._turn_is_open = False
-
-    def _now_ms(self) -> float:
-        return self._clock.wall_ns() / 1_000_000
 
     @property
     def _slice_seconds(self) -> float:

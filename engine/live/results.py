@@ -31,7 +31,7 @@ class ResultCache:
         while self._size_bytes > self._limits.result_cache_size_bytes and len(self._size_by_live_query) > 1:
             oldest = next(iter(self._size_by_live_query))
             self.forget(oldest)
-            if oldest.watchers:
+            if oldest.is_watched:
                 assert oldest.result is not None
                 oldest.result = oldest.result.evicted()
             else:

@@ -49,6 +49,7 @@ class View:
         self._unattached: dict[int, None] = {}  # the others, in the order they came
         self._changed: set[int] = set()  # have a result that was not taken, perhaps
         self._taken: dict[int, bytes] = {}  # digests: a lagging subscriber must not keep old results alive
+        self.dependencies: dict[int, tuple[LiveQuery, ...]] = {}  # what queries are shared by; set by sharing
         self._waiting: set[LiveQuery] = set()  # long queries without a result at the published timestamp
         self._hold: _Hold | None = None
         self._kept: dict[int, Result] = {}  # with bytes, of a state too large for the cache that is being taken
@@ -74,7 +75,7 @@ class View:
         self.identity = identity
         self._hold = None  # what was held was for somebody else
         for query_id, live_query in list(self._live_queries.items()):
-            if not live_query.suits(identity):
+            if live_query.nested or not self._publisher.suits(live_query, identity):
                 self.reattach(query_id)
 
     def take(self) -> ViewChange | None:
@@ -130,6 +131,10 @@ class View:
         for query_id in list(self._live_queries):
             self.reattach(query_id)
 
+    def held(self, query_id: int) -> LiveQuery | None:
+        """The live query behind this id; None while there is none."""
+        return self._live_queries.get(query_id)
+
     def changed(self, query_ids: set[int]) -> None:
         """These have a new result."""
         self._changed |= query_ids
@@ -137,6 +142,13 @@ class View:
     def wait_for(self, live_query: LiveQuery) -> None:
         """This one has no result at the published timestamp; it runs in a round to come."""
         self._waiting.add(live_query)
+
+    def no_longer_waits_for(self, live_query: LiveQuery) -> None:
+        """It holds this one no more, and depends on it no more."""
+        if self not in live_query.watchers and self not in live_query.dependents:
+            self._waiting.discard(live_query)
+            if self._hold is not None:
+                self._hold.awaited.pop(live_query, None)
 
     def hold(self, ts: int, live_query: LiveQuery) -> None:
         """A round at `ts` runs this one; all others are settled at `ts` (invariant 2)."""
@@ -165,10 +177,7 @@ class View:
         live_query = self._live_queries.pop(query_id, None)
         if live_query is not None:
             self._publisher.detach(self, query_id, live_query)
-            if self not in live_query.watchers:
-                self._waiting.discard(live_query)
-                if self._hold is not None:
-                    self._hold.awaited.pop(live_query, None)
+            self.no_longer_waits_for(live_query)
         if self._hold is not None:
             self._hold.results.pop(query_id, None)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TextIO
 
-from engine.events import Event, Events, FunctionFaulted
+from engine.events import ClockRead, Event, Events, FunctionFaulted
 
 LINE_SIZE_MAX = 4_096
 _CUT = " … (cut)"
@@ -61,8 +61,20 @@ def set_up_logging(*, stream: TextIO | None = None, level: int = logging.INFO) -
 
 
 def log_events(events: Events) -> Callable[[], None]:
-    """Write an engine's faults to the log from now on; the returned function ends that."""
-    return events.listen(_write)
+    """Write an engine's faults and warnings to the log from now on; the returned function ends that."""
+    warned: set[str] = set()
+
+    def write(event: Event) -> None:
+        if isinstance(event, ClockRead) and event.path not in warned:
+            warned.add(event.path)
+            _log.warning(
+                "%s reads ctx.now: its result stays as it is until something that it read is written. "
+                "A bound that moves with time is ctx.ago(minutes=2); ctx.rerun_at(ms) runs it again.",
+                event.path,
+            )
+        _write(event)
+
+    return events.listen(write)
 
 
 def _write(event: Event) -> None:

@@ -1,25 +1,40 @@
 """From what an app declared to the compiled schema.
 
-A compiled schema is sound: every id names a table, every index its fields, every name is fit for SQL, and every default
-fits its field. What is not is a SchemaError that says where.
+A compiled schema is sound: every id names a table, every index and foreign key its fields, every name is fit for SQL,
+and every default fits its field. What is not is a SchemaError that says where.
 """
 
 import inspect
 from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from engine.errors import SchemaError
 from engine.ids import table_tag
 from engine.limits import Limits
+from engine.schema.aggregates import compile_aggregates
 from engine.schema.compiled import Field, Schema, TableSchema
-from engine.schema.declarations import BUILT_IN_FIELDS, IndexDeclaration, Table, is_name
+from engine.schema.declarations import (
+    BUILT_IN_FIELDS,
+    AggregateDeclaration,
+    ForeignKeyDeclaration,
+    IndexDeclaration,
+    SearchIndexDeclaration,
+    Stamp,
+    Table,
+    is_name,
+)
 from engine.schema.fit import compile_check, compile_fit
-from engine.schema.indexes import compile_indexes
+from engine.schema.foreign_keys import link_foreign_keys
+from engine.schema.indexes import compile_indexes, live_key_of, with_deleted
+from engine.schema.search_indexes import compile_search_indexes
 from engine.values import shapes
 from engine.values.columns import compile_column
 from engine.values.shapes import Str, UnionShape
 from engine.values.wire import Mismatch
+
+_DEFAULT_BY_STAMP = {"updated": 0.0, "deleted": None}
 
 
 def compile_schema(document_types: Iterable[type[Table]], limits: Limits) -> Schema:
@@ -27,7 +42,9 @@ def compile_schema(document_types: Iterable[type[Table]], limits: Limits) -> Sch
     types = list(document_types)
     table_name_by_class_name = _check_tables(types)
     tag_of_class = {name: table_tag(table) for name, table in table_name_by_class_name.items()}
-    tables = [_compile_table(document_type, table_name_by_class_name, tag_of_class, limits) for document_type in types]
+    tables = link_foreign_keys(
+        [_compile_table(document_type, table_name_by_class_name, tag_of_class, limits) for document_type in types]
+    )
     return Schema({table.name: table for table in tables}, {table.document_type.__name__: table for table in tables})
 
 
@@ -73,17 +90,40 @@ def _compile_table(
                 field.fit(field.make_default())
             except Mismatch as error:
                 raise SchemaError(f"{table}.{field.name}: its default does not fit: {error}") from None
+    updated_field, deleted_field = _stamped(table, fields, "updated"), _stamped(table, fields, "deleted")
+    indexes = compile_indexes(document_type, fields, deleted_field)
+    ranges_of, indexes_with_deleted = list(indexes.values()), indexes
+    if deleted_field is not None:
+        indexes_with_deleted = {name: with_deleted(index) for name, index in indexes.items()}
+        ranges_of += indexes_with_deleted.values()
     return TableSchema(
         name=table,
         document_type=document_type,
         id_tag=tag_of_class[document_type.__name__],
         fields=fields,
         fields_by_name={field.name: field for field in fields},
-        indexes_by_name=compile_indexes(document_type, fields),
+        indexes_by_name=indexes,
+        indexes_with_deleted=indexes_with_deleted,
+        ranked_indexes=tuple(index for index in indexes.values() if index.is_ranked),
+        aggregates=compile_aggregates(document_type, fields, indexes),
+        key_places=tuple((index.name, live_key_of(index)) for index in ranges_of),
+        search_indexes_by_name=compile_search_indexes(document_type, fields, deleted_field),
+        foreign_keys=(),
+        child_keys=(),
+        updated_field=updated_field,
+        deleted_field=deleted_field,
         is_system=document_type.__is_system_table__,
         is_hidden=document_type.__is_hidden_table__,
         check=compile_check(document_type, fields, tag_of_class),
     )
+
+
+def _stamped(table: str, fields: tuple[Field, ...], kind: Literal["updated", "deleted"]) -> str | None:
+    """The field that the engine keeps in this way."""
+    names = [field.name for field in fields if field.stamp is not None and field.stamp.kind == kind]
+    if len(names) > 1:
+        raise SchemaError(f"{table}: {names[0]!r} and {names[1]!r} are both {kind.title()}At. Keep one of them.")
+    return names[0] if names else None
 
 
 # -- fields
@@ -119,6 +159,18 @@ def _compile_fields(
             raise SchemaError(f"{table}: {other!r} and {info.name!r} are one column (SQLite ignores case). Rename one.")
         if isinstance(info.default, IndexDeclaration):
             raise SchemaError(f"{table}.{info.name}: write an index without an annotation: {info.name} = index(…).")
+        if isinstance(info.default, AggregateDeclaration):
+            raise SchemaError(
+                f"{table}.{info.name}: write an aggregate without an annotation: {info.name} = aggregate(…)."
+            )
+        if isinstance(info.default, SearchIndexDeclaration):
+            raise SchemaError(
+                f"{table}.{info.name}: write a search index without an annotation: {info.name} = search_index(…)."
+            )
+        if isinstance(info.default, ForeignKeyDeclaration):
+            raise SchemaError(
+                f"{table}.{info.name}: write a foreign key without an annotation: {info.name} = foreign_key(…)."
+            )
     return tuple(_compile_field(table, info, table_name_by_class_name, tag_of_class, limits) for info in infos)
 
 
@@ -140,6 +192,9 @@ def _compile_field(
         if isinstance(part, Str) and part.id_of is not None:
             id_class = part.id_of
     column = compile_column(info.type, where=where)
+    stamp = _stamp_of(info.type, where)
+    if stamp is not None and info.default != (default := _DEFAULT_BY_STAMP[stamp.kind]):
+        raise SchemaError(f"{where}: the engine sets this field. Declare it with the default {default!r}.")
     return Field(
         name=info.name,
         annotation=info.type,
@@ -148,5 +203,15 @@ def _compile_field(
         default=info.default,
         default_factory=info.default_factory,
         id_table=None if id_class is None else table_name_by_class_name[id_class],
+        stamp=stamp,
         fit=compile_fit(shape, column, tag_of_class, limits),
     )
+
+
+def _stamp_of(annotation: Any, where: str) -> Stamp | None:
+    for part in get_args(annotation):
+        if isinstance(part, Stamp):
+            return part
+        if any(isinstance(mark, Stamp) for mark in get_args(part)):
+            raise SchemaError(f"{where}: UpdatedAt and DeletedAt stand alone, not in a union or a list.")
+    return None

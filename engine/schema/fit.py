@@ -27,13 +27,13 @@ def compile_check(
 
     def refuse(document: object) -> None:
         kind = type(document).__name__
-        raise InvalidDocument(f"{table}: expected a document of {document_type.__name__}, got {kind}.")
+        raise InvalidDocument(f"{table}: expected a document of {document_type.__name__}, got {kind}.", table=table)
 
     def look_closer(name: str, fit: Callable[[Any], None], value: Any) -> None:
         try:
             fit(value)
         except Mismatch as error:
-            raise InvalidDocument(f"{table}.{error.under(name)}") from None
+            raise InvalidDocument(f"{table}.{error.under(name)}", table=table, field=name, value=value) from None
 
     names |= {"refuse": refuse, "look_closer": look_closer}
     lines = ["def check(document):", "    if document.__class__ is not document_type: refuse(document)"]

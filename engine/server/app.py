@@ -22,8 +22,11 @@ from aiohttp.typedefs import Handler, Middleware
 from engine.clock import Clock, TimerHandle
 from engine.config import Config, Mode
 from engine.limits import Limits
+from engine.server.files import FileBackend, FileDoor
 from engine.server.http import HttpBackend, HttpDoor, error_response
 from engine.server.origins import Origins
+from engine.server.proxies import TrustedProxies
+from engine.server.routes import RouteBackend, RouteDoor
 from engine.server.websocket import WebSocketDoor
 from engine.sync.backend import Backend
 
@@ -36,7 +39,7 @@ _SPARE_FILE_COUNT: Final = 128  # descriptors for the database, for HTTP and for
 _BACKLOG_COUNT: Final = 1_024  # after a restart all clients come back at once
 
 
-class Doors(Backend, HttpBackend, Protocol):
+class Doors(Backend, HttpBackend, RouteBackend, FileBackend, Protocol):
     """What sessions and HTTP requests ask."""
 
 
@@ -64,6 +67,8 @@ def make_app(
     config = engine.config
     limits, origins = config.limits, Origins(config.allowed_origins)
     http = HttpDoor(engine.backend, limits, origins)
+    files = FileDoor(engine.backend, limits, origins)
+    routes = RouteDoor(engine.backend, http, limits, TrustedProxies(config.trusted_proxies))
     sync = WebSocketDoor(
         engine.backend,
         limits,
@@ -71,7 +76,7 @@ def make_app(
         origins,
         connection_count_max=limits.connection_count_max if connection_count_max is None else connection_count_max,
     )
-    app = web.Application(client_max_size=limits.http_body_size_bytes_max, middlewares=[_around_each(origins)])
+    app = web.Application(client_max_size=limits.http_body_size_bytes_max, middlewares=[_around_each(origins, routes)])
     app[_WEB_SOCKET_DOOR] = sync
     app[_HEADER_TIMERS] = {}
     app.add_routes(
@@ -86,8 +91,12 @@ def make_app(
             web.post(_api("query_at_ts"), http.query_at_ts),
             web.post(_api("query_batch"), http.query_batch),
             web.post(_api("function"), http.function),
+            web.post(_api("explain"), http.explain),
             web.post(_api("run/{path:.+}"), http.run),
             web.post(_api("debug_event"), http.debug_event),
+            web.post(_api("storage/upload"), files.upload),
+            web.get(_api("storage/{key}"), files.serve),
+            web.get("/openapi.json", routes.openapi),
             web.get("/", _front_page(config.mode)),
             web.get("/version", _version),
             web.get("/instance_version", _version),
@@ -136,7 +145,7 @@ def _api(path: str) -> str:
     return "/{slashes:/*}api/" + path
 
 
-def _around_each(origins: Origins) -> Middleware:
+def _around_each(origins: Origins, routes: RouteDoor) -> Middleware:
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         timer = request.app[_HEADER_TIMERS].pop(request.protocol, None)
@@ -145,8 +154,11 @@ def _around_each(origins: Origins) -> Middleware:
         response: web.StreamResponse
         try:
             origins.check(request)  # 3
+            found = routes.find(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-                response = origins.preflight(request)
+                response = origins.preflight(request) if found is None else origins.preflight(request, found.methods)
+            elif found is not None:
+                response = await routes.handle(found, request)
             else:
                 response = await handler(request)
         except Exception as error:  # noqa: BLE001 - the door: each becomes one answer
@@ -179,13 +191,14 @@ def _timed(runner: web.AppRunner, app: web.Application, engine: ServedEngine) ->
 
 def _connection_count_max(limits: Limits) -> int:
     """How many connections the process may hold: the limit, or what the system lets it open."""
-    wanted = limits.connection_count_max + _SPARE_FILE_COUNT
+    spare_count = _SPARE_FILE_COUNT + limits.file_download_count_max + limits.file_upload_count_max
+    wanted = limits.connection_count_max + spare_count
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < wanted:
-            count_max = max(1, soft - _SPARE_FILE_COUNT)
+            count_max = max(1, soft - spare_count)
             _log.warning("%d connections at most: the system allows %d open files (ulimit -n)", count_max, soft)
             return count_max
     return limits.connection_count_max

@@ -27,6 +27,7 @@ from engine.errors import (
     InvalidArgument,
     LimitExceeded,
     Overloaded,
+    RateLimited,
     RequestError,
     StorageFull,
 )
@@ -70,6 +71,9 @@ class HttpBackend(Protocol):
     async def http_action(
         self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
     ) -> ActionOutcome: ...
+
+    async def explain(self, path: str, arguments: bytes, identity: Identity | None) -> msgspec.Struct:
+        """What one run of a query does; `FunctionNotFound`, `InvalidArgument`."""
 
     def function_kind(self, path: str, *, is_admin: bool = False) -> Kind | None:
         """The kind of a function, for admins of internal ones too; None if there is none of this path."""
@@ -119,20 +123,29 @@ class HttpDoor:
 
     async def function(self, request: web.Request) -> web.Response:
         """Any kind of function, for admins."""
-        ask = _decode(await self._body(request), _Ask)
+        ask = _decode(await self.body(request), _Ask)
         verified = await self._verify(request)
         if verified is None or not verified.is_admin:
             raise Forbidden("/api/function is for admins: send `Authorization: Convex <admin key>`.")
         kind = self._kind_of(ask.path, is_admin=True)
         return _json(await self._answer(ask, kind, verified.identity, is_admin=True))
 
+    async def explain(self, request: web.Request) -> web.Response:
+        """What one run of a query does, for admins."""
+        ask = _decode(await self.body(request), _Ask)
+        verified = await self._verify(request)
+        if verified is None or not verified.is_admin:
+            raise Forbidden("/api/explain is for admins: send `Authorization: Convex <admin key>`.")
+        explanation = await self._backend.explain(ask.path, self._arguments(ask.args), verified.identity)
+        return _json(msgspec.json.encode(explanation))
+
     async def run(self, request: web.Request) -> web.Response:
         """A function whose path is in the address: `/api/run/live/quiz/join` is `live/quiz:join`."""
-        run = _decode(await self._body(request) or b"{}", _Run)
+        run = _decode(await self.body(request) or b"{}", _Run)
         module, _, name = request.match_info["path"].rpartition("/")
         path = f"{module}:{name}" if module else name
         ask = _Ask(path=path, args=run.args, format=run.format)
-        return _json(await self._answer(ask, self._kind_of(path), await self._identity(request)))
+        return _json(await self._answer(ask, self._kind_of(path), await self.identity(request)))
 
     async def query_by_address(self, request: web.Request) -> web.Response:
         """`GET /api/query?path=…&args=…&format=…`"""
@@ -141,22 +154,22 @@ class HttpDoor:
             raise InvalidArgument("path: missing. Ask for /api/query?path=chat:get_messages&args={…}.")
         args = _decode(parameters.get("args", "{}").encode(), Raw)
         ask = _Ask(path=parameters["path"], args=args, format=parameters.get("format"))
-        return _json(await self._answer(ask, "query", await self._identity(request)))
+        return _json(await self._answer(ask, "query", await self.identity(request)))
 
     async def query_ts(self, request: web.Request) -> web.Response:
         """A timestamp for several queries that are to see one snapshot."""
         return web.json_response({"ts": protocol.encode_timestamp(self._backend.retain_snapshot())})
 
     async def query_at_ts(self, request: web.Request) -> web.Response:
-        ask = _decode(await self._body(request), _Ask)
+        ask = _decode(await self.body(request), _Ask)
         if ask.ts is None:
             raise InvalidArgument("ts: missing. Ask /api/query_ts for one.")
         at_ts = protocol.decode_timestamp(ask.ts)
-        return _json(await self._answer(ask, "query", await self._identity(request), at_ts))
+        return _json(await self._answer(ask, "query", await self.identity(request), at_ts))
 
     async def query_batch(self, request: web.Request) -> web.Response:
         """Several queries at one snapshot."""
-        batch = _decode(await self._body(request), _Batch)
+        batch = _decode(await self.body(request), _Batch)
         count_max = self._limits.query_count_max
         if len(batch.queries) > count_max:
             raise LimitExceeded(
@@ -165,7 +178,7 @@ class HttpDoor:
                 allowed=count_max,
                 remedy="Ask for fewer at once, or raise limits.query_count_max.",
             )
-        identity = await self._identity(request)
+        identity = await self.identity(request)
         at_ts = self._backend.retain_snapshot()
         answers = [await self._answer(ask, "query", identity, at_ts) for ask in batch.queries]
         return _json(b'{"results":[' + b",".join(answers) + b"]}")
@@ -177,8 +190,8 @@ class HttpDoor:
     # -- one function ----------------------------------------------------------------------------------------------
 
     async def _one(self, request: web.Request, kind: Kind) -> web.Response:
-        ask = _decode(await self._body(request), _Ask)
-        return _json(await self._answer(ask, kind, await self._identity(request)))
+        ask = _decode(await self.body(request), _Ask)
+        return _json(await self._answer(ask, kind, await self.identity(request)))
 
     async def _answer(
         self, ask: _Ask, kind: Kind, identity: Identity | None, at_ts: int | None = None, *, is_admin: bool = False
@@ -226,14 +239,16 @@ class HttpDoor:
 
     # -- the request -----------------------------------------------------------------------------------------------
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def body(self, request: web.Request) -> bytes:
+        """The whole body, which arrives in time."""
         try:
             async with asyncio.timeout(self._limits.http_body_seconds_max):
                 return await request.read()
         except TimeoutError as error:
             raise web.HTTPRequestTimeout(text="The body took too long to arrive.") from error
 
-    async def _identity(self, request: web.Request) -> Identity | None:
+    async def identity(self, request: web.Request) -> Identity | None:
+        """Who asks, by the header `Authorization`; None without one. Raises AuthenticationFailed."""
         verified = await self._verify(request)
         return None if verified is None else verified.identity
 
@@ -252,11 +267,18 @@ def error_response(error: BaseException) -> web.Response:
     match error:
         case web.HTTPException():
             code = _CODE_BY_STATUS.get(error.status, "BadRequest")
-            return _error(error.status, code, error.text or error.reason)
+            response = _error(error.status, code, error.text or error.reason)
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+            return response
         case AuthenticationFailed():
             return _error(401, error.code, str(error))
         case Forbidden():
             return _error(403, error.code, str(error))
+        case RateLimited():
+            response = _error(429, error.code, str(error))
+            response.headers["Retry-After"] = str(-(-error.retry_after_ms // 1000))  # whole seconds, rounded up
+            return response
         case Overloaded() | EngineClosed():
             return _error(503, error.code, str(error))
         case RequestError():

@@ -31,10 +31,10 @@ class Origins:
             return True
         return origin.lower() == f"{request.scheme}://{request.host}".lower()
 
-    def preflight(self, request: web.Request) -> web.Response:
+    def preflight(self, request: web.Request, methods: Iterable[str] = ("GET", "POST")) -> web.Response:
         """The answer to what a browser asks before it sends the request itself."""
         headers = {
-            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Allow-Methods": ", ".join((*methods, "OPTIONS")),
             "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", ""),
             "Access-Control-Max-Age": "86400",
         }
@@ -45,7 +45,7 @@ class Origins:
         origin = request.headers.get("Origin")
         if origin is not None and self._allows(origin):
             headers["Access-Control-Allow-Origin"] = origin
-            headers["Vary"] = "Origin"
+            headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"
 
     def _allows(self, origin: str | None) -> bool:
         return origin is None or not self._allowed or origin.lower() in self._allowed

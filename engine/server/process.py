@@ -27,6 +27,7 @@ from engine.clock import Clock
 from engine.config import Config
 from engine.engine import Engine
 from engine.errors import ConfigError, InternalError, Overloaded
+from engine.events import Events
 from engine.observe.log import log_events
 from engine.server.app import serving
 from engine.server.development import Routes
@@ -48,6 +49,7 @@ async def serving_process(
     *,
     providers: Sequence[AuthProvider] = (),
     extra_routes: Routes = (),
+    events: Events | None = None,
 ) -> AsyncIterator[tuple[Engine, str]]:
     """The engine and the address where it serves; stops gracefully on the way out.
 
@@ -58,7 +60,13 @@ async def serving_process(
     key = make_admin_key(clock)
     async with (
         Engine.open(
-            app, database, config=config, clock=clock, providers=tuple(providers), admin_key_digests=(digest_of(key),)
+            app,
+            database,
+            config=config,
+            clock=clock,
+            events=events,
+            providers=tuple(providers),
+            admin_key_digests=(digest_of(key),),
         ) as engine,
         AsyncExitStack() as stack,
     ):
@@ -76,6 +84,8 @@ async def serving_process(
             raise Overloaded(f"{config.host}:{config.port} cannot be used: {cause.strerror or cause}.") from cause
         address = local_address(address)
         engine.database.announce(address=address, key=key)  # 1
+        if config.public_url is None:
+            engine.files.addresses.base = address
         stack.callback(engine.database.announce, address=None, key=None)
         yield engine, address
 
@@ -102,6 +112,8 @@ def check_exposure(config: Config) -> None:
         )
     if not config.allowed_origins:
         _log.warning("any web page may connect: set allowed_origins in engine.toml to those of your app")
+    if config.public_url is None:
+        _log.warning("addresses of uploaded files will name this machine: set public_url to where clients reach it")
 
 
 def check_free(database: Path) -> None:

@@ -216,7 +216,10 @@ class _Connection:
                     session.pong(bytes(message.data))
                 case WSMsgType.BINARY:
                     session.close(protocol.CLOSE_UNSUPPORTED_DATA, "BinaryMessage")
-                case _:  # closed, by the peer or by us
+                case WSMsgType.CLOSE:
+                    session.peer_closed(message.data)
+                    return
+                case _:  # closed by us, or gone without a word
                     return
             burst_count += 1
             if burst_count >= _BURST_COUNT_MAX:

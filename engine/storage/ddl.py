@@ -3,16 +3,19 @@
 What the file holds is described beside it, in the row of `_engine_meta`. A schema that differs from the description is
 applied in one transaction:
 
-    added        a table · an index · a field with a default, or one that may be None
+    added        a table · an index · a field with a default, or one that may be None · a foreign key, if every row
+                 names a document that is there
     changed      an index · the type of a field, if the value of every row fits the new one
-    dropped      an index · a field, if it is None in every row
+    dropped      an index · a foreign key · a field, if it is None in every row
     let be       a table that is no longer declared: it is compared again when it comes back
 
 Invariants
   1. A change that some row does not fit is a SchemaError with the table, the field and such a row. Nothing is changed.
   2. The description says what the file holds, also of tables that the schema does not declare any more.
 
-Adding a field writes no row; any other change of how a field is stored copies its table.
+What is made of the rows of a table (`search.py`, `shadows.py`) follows: it is made anew when it is no longer right.
+Adding a field writes no row; any other change of how a field is stored copies its table, and so does a default factory
+that may give each row another value.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,12 +25,14 @@ from typing import Any
 import msgspec
 
 from engine.errors import EngineError, SchemaError
-from engine.ids import TICKS_PER_MS
+from engine.ids import TICKS_PER_MS, tick_of
 from engine.ranges import BY_CREATION_TIME, Scalar
-from engine.schema import Field, IndexSchema, Schema, TableSchema
+from engine.schema import Field, ForeignKey, IndexSchema, Schema, TableSchema
+from engine.storage import search, shadows
 from engine.storage.connections import Row, WriterConnection
-from engine.storage.rows import TICK, quoted
-from engine.storage.scans import index_sql_name
+from engine.storage.rows import TICK, deleted_sql, live_sql, quoted
+from engine.storage.scans import deleted_index_sql_name, index_sql_name
+from engine.storage.shadows import ShadowDescription
 from engine.values.shapes import Constrained, DictShape, ListShape, LiteralShape, RecordShape, Shape, UnionShape
 from engine.values.wire import UNBOUNDED, Mismatch, describe, value_of
 
@@ -59,25 +64,44 @@ class ColumnDescription(msgspec.Struct, frozen=True):
 class IndexDescription(msgspec.Struct, frozen=True):
     fields: list[str]
     is_unique: bool
+    deleted_field: str | None = None  # it is in two parts (`scans.py`)
+
+
+class ForeignKeyDescription(msgspec.Struct, frozen=True):
+    """Which rows must name which: whenever this changes, all of them are looked at."""
+
+    parent: str
+    deleted_field: str | None
+    parent_deleted_field: str | None
 
 
 class TableDescription(msgspec.Struct, frozen=True):
     columns: dict[str, ColumnDescription]
     indexes: dict[str, IndexDescription]
+    foreign_keys: dict[str, ForeignKeyDescription] = {}  # by field; none while the table is not declared
+    search_indexes: dict[str, search.SearchIndexDescription] = {}
+    shadows: dict[str, ShadowDescription] = {}
 
 
 def apply_schema(writer: WriterConnection, schema: Schema) -> list[str]:
     """Make the file match the schema, or change nothing (invariant 1). Says what was done, for the log."""
     stored = _read_descriptions(writer)
-    wanted = {name: _describe_table(table) for name, table in schema.tables_by_name.items()}
-    if all(stored.get(name) == description for name, description in wanted.items()):
+    wanted = {name: _describe_table(table, schema) for name, table in schema.tables_by_name.items()}
+    # nobody enforces the foreign keys of a table that is not declared: its rows are looked at when it comes back
+    let_be = {name: msgspec.structs.replace(description, foreign_keys={}) for name, description in stored.items()}
+    described = {**let_be, **wanted}
+    if described == stored:
         return []
     writer.begin()
     try:
         done: list[str] = []
         for name, table in schema.tables_by_name.items():
             done += _Migration(writer, table, wanted[name]).run(stored.get(name))
-        text = msgspec.json.encode({**stored, **wanted}).decode()
+        for name, table in schema.tables_by_name.items():
+            present = stored[name].foreign_keys if name in stored else {}
+            done += _change_foreign_keys(writer, table, schema, present, wanted[name].foreign_keys)
+            done += _change_derived(writer, table, stored.get(name), wanted[name])
+        text = msgspec.json.encode(described).decode()
         writer.execute('UPDATE "_engine_meta" SET "schema_json" = ?', (text,))
     except BaseException:
         writer.rollback()
@@ -115,7 +139,7 @@ class _Migration:
             raise SchemaError(f"{name}: another program made a table of this name. Give yours another name.")
         self._writer.execute(_create_table_sql(self._sql_name, self._table))
         for index in _stored_indexes(self._table):
-            self._writer.execute(_create_index_sql(self._table.name, index))
+            self._create_index(index)
         self._done.append(f"{name}: table added")
 
     # -- columns
@@ -131,7 +155,10 @@ class _Migration:
         for column in dropped:
             self._check_drop(column)
         default_by_added = {field.name: self._default_of_old_rows(field) for field in added}
-        literals = {field.name: self._literal(default_by_added[field.name], field) for field in added}
+        literals = {
+            field.name: self._literal(default_by_added[field.name](), field) if _has_one_default(field) else None
+            for field in added
+        }
 
         is_copied = (
             bool(dropped)
@@ -161,18 +188,26 @@ class _Migration:
                 "Declare it as optional (`… | None = None`), set it to None in every row, and drop it then."
             )
 
-    def _default_of_old_rows(self, field: Field) -> Scalar:
-        """What a new column holds in the rows that are there: the same for all of them."""
+    def _default_of_old_rows(self, field: Field) -> Callable[[], Scalar]:
+        """What makes the value of a new column for the rows that are there."""
         if field.has_default:
-            return field.column.to_column(field.make_default())
+            return lambda: self._fitting_default(field)
         if field.column.nullable:
-            return None
+            return lambda: None
         for (row_id,) in self._writer.fetch_all(f'SELECT "id" FROM {self._sql_name} LIMIT 1'):  # noqa: S608
             raise SchemaError(
                 f"{self._table.name}.{field.name}: the field is new and has no default, and there are rows, such as "
                 f"{row_id!r}. Give it a default, or make it optional (`… | None = None`)."
             )
-        return None
+        return lambda: None
+
+    def _fitting_default(self, field: Field) -> Scalar:
+        value = field.make_default()
+        try:
+            field.fit(value)  # a factory may give each time another
+        except Mismatch as error:
+            raise SchemaError(f"{self._table.name}.{field.name}: its default does not fit: {error}") from None
+        return field.column.to_column(value)
 
     def _literal(self, value: Scalar, field: Field) -> str | None:
         """The value as SQL; None for what cannot be the default of an added column."""
@@ -192,7 +227,7 @@ class _Migration:
         for _, row_id, value in self._rows(quoted(field.name)):
             convert(row_id, value)
 
-    def _copy(self, stored: dict[str, ColumnDescription], default_by_added: dict[str, Scalar]) -> None:
+    def _copy(self, stored: dict[str, ColumnDescription], default_by_added: dict[str, Callable[[], Scalar]]) -> None:
         """Write every row again into a new table, converted, and let it take the old one's place."""
         copy = quoted(_COPY)
         self._writer.execute(_create_table_sql(copy, self._table))
@@ -200,9 +235,9 @@ class _Migration:
         converters = [self._converter(field, stored[field.name]) for field in kept]
         columns = [TICK, "id", *(field.name for field in kept), *default_by_added]
         insert = f"INSERT INTO {copy} ({', '.join(map(quoted, columns))}) VALUES ({', '.join('?' * len(columns))})"  # noqa: S608
-        defaults = tuple(default_by_added.values())
         for tick, row_id, *values in self._rows(*(quoted(field.name) for field in kept)):
             converted = [convert(row_id, value) for convert, value in zip(converters, values, strict=True)]
+            defaults = [make() for make in default_by_added.values()]
             self._writer.execute(insert, (tick, row_id, *converted, *defaults))
         self._writer.execute(f"DROP TABLE {self._sql_name}")
         self._writer.execute(f"ALTER TABLE {copy} RENAME TO {self._sql_name}")
@@ -241,18 +276,34 @@ class _Migration:
         for name, description in present.items():
             if wanted.get(name) != description:
                 self._writer.execute(f"DROP INDEX {index_sql_name(table, name)}")
+                self._writer.execute(f"DROP INDEX IF EXISTS {deleted_index_sql_name(table, name)}")
         self._done += [f"{table}.{name}: index dropped" for name in stored if name not in wanted]
         for index in _stored_indexes(self._table):
             if present.get(index.name) != wanted[index.name]:
                 if index.is_unique:
                     self._check_unique(index)
-                self._writer.execute(_create_index_sql(table, index))
+                self._create_index(index)
             if stored.get(index.name) != wanted[index.name]:
                 self._done.append(f"{table}.{index.name}: index {'changed' if index.name in stored else 'added'}")
 
+    def _create_index(self, index: IndexSchema) -> None:
+        table, is_unique = self._table.name, "UNIQUE " if index.is_unique else ""
+        columns = ", ".join(map(quoted, index.fields or (TICK,)))
+        create = f"INDEX {index_sql_name(table, index.name)} ON {self._sql_name} ({columns})"
+        if index.deleted_field is None:
+            self._writer.execute(f"CREATE {is_unique}{create}")
+            return
+        self._writer.execute(f"CREATE {is_unique}{create} WHERE {live_sql(index.deleted_field)}")
+        if index.name != BY_CREATION_TIME:  # in creation order the rows lie themselves, deleted ones among them
+            create = f"INDEX {deleted_index_sql_name(table, index.name)} ON {self._sql_name} ({columns})"
+            self._writer.execute(f"CREATE {create} WHERE {deleted_sql(index.deleted_field)}")
+
     def _check_unique(self, index: IndexSchema) -> None:
         columns = [quoted(field) for field in index.fields]
-        names, are_given = ", ".join(columns), " AND ".join(f"{column} IS NOT NULL" for column in columns)
+        tests = [f"{column} IS NOT NULL" for column in columns]
+        if index.deleted_field is not None:
+            tests.append(live_sql(index.deleted_field))
+        names, are_given = ", ".join(columns), " AND ".join(tests)
         sql = (
             f'SELECT min("id"), max("id"), {names} FROM {self._sql_name} WHERE {are_given} '  # noqa: S608
             f"GROUP BY {names} HAVING count(*) > 1 LIMIT 1"
@@ -263,6 +314,61 @@ class _Migration:
                 f"{self._table.name}.{index.name}: cannot be unique, the rows {first_id!r} and {last_id!r} both have "
                 f"{shared}. Change or delete one of them first."
             )
+
+
+# -- foreign keys
+
+
+def _change_foreign_keys(
+    writer: WriterConnection,
+    table: TableSchema,
+    schema: Schema,
+    stored: dict[str, ForeignKeyDescription],
+    wanted: dict[str, ForeignKeyDescription],
+) -> list[str]:
+    """Check what a new or changed foreign key demands of the rows that are there."""
+    done = [f"{table.name}.{field}: foreign key dropped" for field in stored if field not in wanted]
+    for key in table.foreign_keys:
+        if stored.get(key.field) != wanted[key.field]:
+            _check_parents(writer, table, key, schema.tables_by_name[key.parent])
+            done.append(f"{table.name}.{key.field}: foreign key {'changed' if key.field in stored else 'added'}")
+    return done
+
+
+def _check_parents(writer: WriterConnection, table: TableSchema, key: ForeignKey, parent: TableSchema) -> None:
+    field, last_id = quoted(key.field), ""
+    live = "" if table.deleted_field is None else f" AND {live_sql(table.deleted_field)}"
+    parents_sql = (
+        f'SELECT {field}, min("id") FROM {quoted(table.name)} WHERE {field} > ?{live} '  # noqa: S608
+        f"GROUP BY {field} ORDER BY {field} LIMIT ?"
+    )
+    live = "" if parent.deleted_field is None else f" AND {live_sql(parent.deleted_field)}"
+    parent_sql = f'SELECT 1 FROM {quoted(parent.name)} WHERE "{TICK}" = ? AND "id" = ?{live}'  # noqa: S608
+    while page := writer.fetch_all(parents_sql, (last_id, _PAGE_ROW_COUNT)):
+        for parent_id, row_id in page:
+            if not writer.fetch_all(parent_sql, (tick_of(parent_id), parent_id)):
+                raise SchemaError(
+                    f"{table.name}.{key.field}: cannot be a foreign key, the row {row_id!r} names {parent_id!r}, "
+                    f"which is not in {parent.name}. Change or delete such rows first."
+                )
+        last_id = page[-1][0]
+
+
+def _change_derived(
+    writer: WriterConnection, table: TableSchema, stored: TableDescription | None, wanted: TableDescription
+) -> list[str]:
+    """What is made of the rows: search indexes, totals and ranks."""
+    if stored is None:
+        search.migrate(writer, table, {}, set())
+        shadows.migrate(writer, table, {}, set())
+        return []  # a table that is added is added with all of this
+    restored_columns = {
+        name
+        for name, column in stored.columns.items()
+        if name in wanted.columns and not column.is_stored_like(wanted.columns[name])
+    }
+    done = search.migrate(writer, table, stored.search_indexes, restored_columns)
+    return done + shadows.migrate(writer, table, stored.shadows, restored_columns)
 
 
 # -- SQL
@@ -282,21 +388,24 @@ def _column_sql(field: Field) -> str:
     return f"{quoted(field.name)} {field.column.sqlite_type}{'' if field.column.nullable else ' NOT NULL'}"
 
 
-def _create_index_sql(table: str, index: IndexSchema) -> str:
-    unique = "UNIQUE " if index.is_unique else ""
-    columns = ", ".join(map(quoted, index.fields))
-    return f"CREATE {unique}INDEX {index_sql_name(table, index.name)} ON {quoted(table)} ({columns})"
-
-
 def _stored_indexes(table: TableSchema) -> list[IndexSchema]:
-    """Those that SQLite keeps apart; in creation order the rows lie themselves."""
-    return [index for index in table.indexes_by_name.values() if index.name != BY_CREATION_TIME]
+    """Those that SQLite keeps apart; in creation order the rows lie themselves, but for those that are deleted."""
+    return [
+        index
+        for index in table.indexes_by_name.values()
+        if index.name != BY_CREATION_TIME or index.deleted_field is not None
+    ]
+
+
+def _has_one_default(field: Field) -> bool:
+    """Whether its default is the same for every row; a factory of the app's may draw a random number."""
+    return field.default_factory in (msgspec.NODEFAULT, list, dict, set)
 
 
 # -- descriptions
 
 
-def _describe_table(table: TableSchema) -> TableDescription:
+def _describe_table(table: TableSchema, schema: Schema) -> TableDescription:
     columns = {
         field.name: ColumnDescription(
             sqlite_type=field.column.sqlite_type,
@@ -307,8 +416,17 @@ def _describe_table(table: TableSchema) -> TableDescription:
         )
         for field in table.fields
     }
-    indexes = {index.name: IndexDescription(list(index.fields), index.is_unique) for index in _stored_indexes(table)}
-    return TableDescription(columns, indexes)
+    indexes = {
+        index.name: IndexDescription(list(index.fields), index.is_unique, index.deleted_field)
+        for index in _stored_indexes(table)
+    }
+    foreign_keys = {
+        key.field: ForeignKeyDescription(
+            key.parent, table.deleted_field, schema.tables_by_name[key.parent].deleted_field
+        )
+        for key in table.foreign_keys
+    }
+    return TableDescription(columns, indexes, foreign_keys, search.describe(table), shadows.describe(table))
 
 
 def _alternatives(shape: Shape, within: tuple[RecordShape, ...]) -> list[str]:

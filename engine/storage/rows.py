@@ -31,6 +31,16 @@ def quoted(name: str) -> str:
     return f'"{name}"'
 
 
+def live_sql(deleted_field: str) -> str:
+    """The rows of documents that are there: in an index as in a statement, or SQLite would not use the index."""
+    return f"{quoted(deleted_field)} IS NULL"
+
+
+def deleted_sql(deleted_field: str) -> str:
+    """The rows of deleted documents."""
+    return f"{quoted(deleted_field)} IS NOT NULL"
+
+
 def columns_of(table: TableSchema) -> tuple[str, ...]:
     """The columns of a row, in its order."""
     return (TICK, "id", *(field.name for field in table.fields))
@@ -51,6 +61,8 @@ class RowCodec(Generic[T]):
         values = ", ".join("?" * len(columns))
         where = f'WHERE "{TICK}" = ?1 AND "id" = ?2'
         self._get_sql = f"SELECT {self.columns_sql} FROM {name} {where}"  # noqa: S608 - invariant 2, here and below
+        live = "" if table.deleted_field is None else f" AND {live_sql(table.deleted_field)}"
+        self._is_live_sql = f"SELECT 1 FROM {name} {where}{live}"  # noqa: S608
         self._insert_sql = f"INSERT INTO {name} ({self.columns_sql}) VALUES ({values})"  # noqa: S608
         self._value_places = tuple(range(_VALUE_START, len(columns)))
         self._update_sql_by_places: dict[tuple[int, ...], str] = {}  # a statement for each set of changed columns
@@ -65,6 +77,10 @@ class RowCodec(Generic[T]):
         """The row with this well-formed id, if it is there."""
         rows = connection.fetch_all(self._get_sql, (tick_of(document_id), document_id))
         return rows[0] if rows else None
+
+    def is_live(self, connection: Connection, document_id: str) -> bool:
+        """Whether the document with this well-formed id is there, and not deleted."""
+        return bool(connection.fetch_all(self._is_live_sql, (tick_of(document_id), document_id)))
 
     def insert(self, connection: WriterConnection, row: Row) -> None:
         """Store a new row; UniqueViolation when another one holds its place in a `unique(...)`."""

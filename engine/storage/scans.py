@@ -4,6 +4,9 @@ A cut may lie deep in an index, `(a, b, c) > (1, 2, 3)`, and null comes before e
 SQL. So a range is taken apart into *segments*: an equality prefix with at most one bounded column after it, which
 SQLite walks in one go. Put together in index order they are the range. Nearly every range is one segment.
 
+Where deleted documents stay, SQLite has each index in two parts, the documents that are there and the deleted ones: so
+however many were deleted, a scan walks none of them. A scan with deleted documents merges the two parts.
+
 Invariants
   1. `fetch` gives the rows whose full key lies in the range, in index order, as if sorted in Python by `key_of`.
   2. Every statement walks the named index (or the rowid): never the whole table, never a sort.
@@ -11,6 +14,7 @@ Invariants
   4. Each call leaves no statement open.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
 from typing import Any, Literal, NamedTuple
@@ -18,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from engine.ranges import BY_CREATION_TIME, BYTES, HIGH, NULL, NUMBER, TEXT, IndexRange, OrderKey, Scalar
 from engine.schema import IndexColumn, IndexSchema, TableSchema
 from engine.storage.connections import Connection, Row
-from engine.storage.rows import RowCodec, quoted
+from engine.storage.rows import RowCodec, deleted_sql, live_sql, quoted
 
 _SMALLEST_BY_RANK: dict[int | None, Scalar] = {NUMBER: -inf, TEXT: "", BYTES: b"", None: -inf}  # that is not null
 
@@ -68,7 +72,7 @@ def fetch_statements(
     """What `fetch` runs, one after another until it has enough."""
     table, columns_sql = codec.table.name, codec.columns_sql
     statements = [
-        Statement(_fetch_sql(columns_sql, table, index, shape, descending), parameters)
+        Statement(_fetch_sql(columns_sql, table, index, shape, descending), parameters * _part_count(index))
         for shape, parameters in _segments(index, index_range)
     ]
     return statements[::-1] if descending else statements
@@ -77,9 +81,18 @@ def fetch_statements(
 def count_statements(table: TableSchema, index: IndexSchema, index_range: IndexRange) -> list[Statement]:
     """What `count` runs, one after another until it has counted enough."""
     return [
-        Statement(_count_sql(table.name, index, shape), parameters)
+        Statement(_count_sql(table.name, index, shape), parameters * _part_count(index))
         for shape, parameters in _segments(index, index_range)
     ]
+
+
+def ids_under(
+    connection: Connection, table: TableSchema, index: IndexSchema, prefix: Sequence[Scalar], *, limit: int
+) -> list[str]:
+    """The ids of rows that have these values in the first columns of the index, at most `limit`."""
+    sql = _ids_sql(table.name, index, _Shape(len(prefix)))
+    parameters = (*prefix,) * _part_count(index)
+    return [document_id for (document_id,) in connection.fetch_all(sql, (*parameters, limit))]
 
 
 # -- from a range to segments
@@ -204,15 +217,20 @@ def _fetch_sql(columns_sql: str, table: str, index: IndexSchema, shape: _Shape, 
     direction = " DESC" if descending else ""
     order = [quoted(column.name) + direction for column in index.columns[shape.equal_count + shape.is_null :]]
     order_sql = f" ORDER BY {', '.join(order)}" if order else ""
-    return f"SELECT {columns_sql} {_source_sql(table, index, shape)}{order_sql} LIMIT ?"
+    return f"{_select_sql(columns_sql, table, index, shape)}{order_sql} LIMIT ?"
 
 
 @lru_cache(maxsize=4096)
 def _count_sql(table: str, index: IndexSchema, shape: _Shape) -> str:
-    return f"SELECT count(*) FROM (SELECT 1 {_source_sql(table, index, shape)} LIMIT ?)"  # noqa: S608
+    return f"SELECT count(*) FROM ({_select_sql('1', table, index, shape)} LIMIT ?)"  # noqa: S608
 
 
-def _source_sql(table: str, index: IndexSchema, shape: _Shape) -> str:
+@lru_cache(maxsize=4096)
+def _ids_sql(table: str, index: IndexSchema, shape: _Shape) -> str:
+    return f"{_select_sql(quoted('id'), table, index, shape)} LIMIT ?"
+
+
+def _select_sql(columns_sql: str, table: str, index: IndexSchema, shape: _Shape) -> str:
     columns = index.columns
     tests = [
         f"{quoted(column.name)} {'IS' if column.is_nullable else '='} ?" for column in columns[: shape.equal_count]
@@ -220,12 +238,48 @@ def _source_sql(table: str, index: IndexSchema, shape: _Shape) -> str:
     if shape.is_null:
         tests.append(f"{quoted(columns[shape.equal_count].name)} IS NULL")
     tests += [f"{quoted(columns[shape.equal_count].name)} {sign} ?" for sign in (shape.lower, shape.upper) if sign]
-    where = f" WHERE {' AND '.join(tests)}" if tests else ""
-    # the rowid is the creation tick; without the hint SQLite is free to walk another index and sort (invariant 2)
-    hint = "NOT INDEXED" if index.name == BY_CREATION_TIME else f"INDEXED BY {index_sql_name(table, index.name)}"
-    return f"FROM {quoted(table)} {hint}{where}"
+    selects = []
+    for part in _parts_of(table, index):
+        all_tests = [*tests, part.test_sql] if part.test_sql else tests
+        where = f" WHERE {' AND '.join(all_tests)}" if all_tests else ""
+        selects.append(f"SELECT {columns_sql} FROM {quoted(table)} {part.hint_sql}{where}")  # noqa: S608
+    return " UNION ALL ".join(selects)
+
+
+# -- the parts of an index
+
+
+class _IndexPart(NamedTuple):
+    """One index of SQLite: an index of a table, or one of the two parts of it."""
+
+    hint_sql: str  # without it SQLite is free to walk another index and sort (invariant 2)
+    test_sql: str  # which documents are in it; empty: all
+
+
+def _parts_of(table: str, index: IndexSchema) -> tuple[_IndexPart, ...]:
+    """What of SQLite holds the documents of the index, each once."""
+    name = index.declared_name
+    if name == BY_CREATION_TIME and (index.holds_deleted or index.deleted_field is None):
+        return (_IndexPart("NOT INDEXED", ""),)  # the rowid is the creation tick
+    here = f"INDEXED BY {index_sql_name(table, name)}"
+    if index.deleted_field is None:
+        return (_IndexPart(here, ""),)
+    live = _IndexPart(here, live_sql(index.deleted_field))
+    if not index.holds_deleted:
+        return (live,)
+    deleted = f"INDEXED BY {deleted_index_sql_name(table, name)}"
+    return (live, _IndexPart(deleted, deleted_sql(index.deleted_field)))
+
+
+def _part_count(index: IndexSchema) -> int:
+    return 2 if index.holds_deleted and index.declared_name != BY_CREATION_TIME else 1
 
 
 def index_sql_name(table: str, index: str) -> str:
     """The name of an index in SQLite, quoted: no name of a table holds a dot, so it is nobody else's."""
     return quoted(f"{table}.{index}")
+
+
+def deleted_index_sql_name(table: str, index: str) -> str:
+    """The name of the part with the deleted documents."""
+    return quoted(f"{table}.{index}+deleted")

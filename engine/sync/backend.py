@@ -119,5 +119,11 @@ class Backend(Protocol):
     def authenticate(self, credential: Credential) -> Awaitable[Verified]:
         """Raises `AuthenticationFailed`."""
 
+    def session_connected(self, session_id: str) -> None:
+        """A connection says that it belongs to this session; while a client reconnects there may be two."""
+
+    def session_gone(self, session_id: str, close_code: int | None) -> None:
+        """Such a connection is gone; the code is that of the client's close frame, None if it sent none."""
+
     def client_saw(self, session_id: str, up_to_request_id: int) -> None:
         """The client surely has the answers to all requests up to this one."""

@@ -6,8 +6,8 @@ Invariants
      what cannot be decoded in them is the failure of their own request.
   3. A result is encoded once, into a fragment that every subscriber's Transition shares: all that follows
      `{"queryId":N`. The fragment lies in `Result.encoded`.
-  4. `errorData` is there exactly if the app raised an `AppError`, `logLines` always, `null` never where clients
-     tell it from absence.
+  4. `errorData` is there exactly if the failure has data (an `AppError`, a rate limit, a cursor that is void),
+     `logLines` always, `null` never where clients tell it from absence.
 
 Decoding happens on the loop whatever the size: msgspec holds the interpreter lock, so a thread would not free the
 loop, and as arguments are only skipped over, 8 MiB take 5 to 25 ms.

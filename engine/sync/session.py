@@ -157,6 +157,7 @@ class Session:
         self._may_confirm_identity_alone = False
         self._identity_wait: TimerHandle | None = None
 
+        self._peer_code: int | None = None  # that the client closed with
         self._is_lagging = False
         self._is_ending = False
         self._answered_up_to = -1  # newest mutation that was answered
@@ -237,11 +238,18 @@ class Session:
         self._is_ending = True
         self._wake()
 
+    def peer_closed(self, code: int) -> None:
+        """The client has closed the connection with this code."""
+        self._peer_code = code
+        self.close(protocol.CLOSE_NORMAL, "")
+
     def close(self, code: int, reason: str) -> None:
         """Ask the door to close, and let go of everything. Actions that run are cancelled; a mutation commits."""
         if self.closing is not None:
             return
         self.closing = Close(code, reason)
+        if self.session_id is not None:
+            self._backend.session_gone(self.session_id, self._peer_code)
         self._timer.cancel()
         for timer in (self._expiry, self._identity_wait):
             if timer is not None:
@@ -281,6 +289,7 @@ class Session:
             self._fail("Connect was sent before")
             return
         self.session_id = message.session_id.lower()
+        self._backend.session_connected(self.session_id)
         _log.debug(
             "session %s: connection %d, after %r", self.session_id, message.connection_count, message.last_close_reason
         )

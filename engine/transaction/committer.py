@@ -27,7 +27,8 @@ from engine.errors import EngineClosed, EngineError, InternalError, Overloaded, 
 from engine.limits import Limits
 from engine.storage.connections import WriterConnection
 from engine.transaction.ledger import Ledger, LedgerKey
-from engine.transaction.transaction import Catalog, TickSource, WriteTransaction
+from engine.transaction.reading import Catalog
+from engine.transaction.transaction import TickSource, WriteTransaction
 from engine.transaction.worker import Worker
 from engine.transaction.write_set import WriteSet
 
@@ -50,6 +51,7 @@ class Settled(msgspec.Struct, frozen=True):
     execution: Execution | None = None
     recorded: bytes | None = None  # the result of the first time this request came
     error: EngineError | None = None  # the engine's refusal, not the function's
+    write_set: WriteSet | None = None  # of the execution, if it wrote
 
 
 class Submission(msgspec.Struct, frozen=True):
@@ -58,6 +60,7 @@ class Submission(msgspec.Struct, frozen=True):
     execute: Callable[[WriteTransaction], Execution]
     settle: Callable[[Settled], None]  # called once, on the loop; never when the storage state is unknown
     key: LedgerKey | None = None
+    function: str = ""  # its path, for whoever asks what wrote; empty: the engine itself
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -232,14 +235,15 @@ class Committer:
                 writer.rollback_to()
                 writer.release()
                 return Settled(self._last_ts, execution=execution)
-            if len(transaction.write_set) or transaction.has_hidden_writes:
+            write_set = transaction.write_set
+            if len(write_set) or transaction.has_hidden_writes:
                 ts = max(self._last_ts + 1, self._clock.wall_ns())
                 if key is not None:
                     self._ledger.record(writer, key, ts, execution.value)
                 self._last_ts = ts
-                group_writes.merge(transaction.write_set)
+                group_writes.merge(write_set)
             writer.release()
-            return Settled(self._last_ts, execution=execution)
+            return Settled(self._last_ts, execution=execution, write_set=write_set)
         except RequestIdReused as error:  # from the look-up, before anything ran
             return Settled(self._last_ts, error=error)
         except Overloaded as error:  # from the ledger, after the function ran; a full disk undoes the whole group

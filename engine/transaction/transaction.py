@@ -1,31 +1,34 @@
-"""One run's reads and writes on one SQLite connection.
+"""What one mutation reads and writes on the writer connection, inside its savepoint.
 
-A query reads from a pinned snapshot and keeps a read set; a mutation reads and writes on the writer connection inside
-its savepoint, where SQLite itself shows a run its own writes. Plain calls: nothing here waits.
+SQLite itself shows a mutation its own writes. Plain calls: nothing here waits.
 
 Invariants
-  1. Every row that reaches the run is counted against the limits before it is decoded.
-  2. `check_deadline` is called once per operation: a run that loops over `ctx.db` cannot outlive its time.
-  3. Ticks given to documents strictly grow over the life of the database (`TickSource`).
+  1. Ticks given to documents strictly grow over the life of the database (`TickSource`).
+  2. A write and all that it sets off (`rules.py`) happen as one or not at all, whatever its caller makes of the error.
+  3. Whoever writes a document, `_changed` is told.
 Functions call it through `functions/reader.py`; who may call what is decided there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import msgspec
 
 from engine.clock import Clock
-from engine.errors import DocumentNotFound, InvalidDocument, LimitExceeded, StorageFull
-from engine.ids import TAG_LENGTH, TICKS_PER_MS, creation_time_of, is_id, make_id
+from engine.errors import DocumentNotFound, FunctionMisuse, InvalidDocument, LimitExceeded, StorageFull
+from engine.ids import TICKS_PER_MS, creation_time_of, make_id
 from engine.limits import Limits
-from engine.ranges import IndexRange
-from engine.schema import IndexSchema, Table
+from engine.schema import ForeignKey, Table, TableSchema
 from engine.storage import scans
-from engine.storage.connections import Connection, WriterConnection
+from engine.storage import search as search_indexes
+from engine.storage.connections import WriterConnection
 from engine.storage.rows import RowCodec
-from engine.transaction.read_set import ReadSet
+from engine.transaction import rules, totals
+from engine.transaction.reading import Catalog, ReadTransaction
 from engine.transaction.write_set import Write, WriteSet
+
+_ALONE = nullcontext()
 
 
 class TickSource:
@@ -41,152 +44,12 @@ class TickSource:
         return self.last_tick
 
 
-def no_deadline() -> None:
-    """Of a transaction that no function runs in."""
-
-
-_ANY = 1 << 62
-_UNBOUNDED = Limits(
-    read_document_count_max=_ANY,
-    read_size_bytes_max=_ANY,
-    write_document_count_max=_ANY,
-    write_size_bytes_max=_ANY,
-    document_size_bytes_max=_ANY,
-)
-
-
-class Catalog:
-    """The tables that a run can reach, by document class and by the tag of an id. Immutable."""
-
-    def __init__(self, codecs: Iterable[RowCodec[Any]]) -> None:
-        self._by_type: dict[type[Table], RowCodec[Any]] = {}
-        self._by_tag: dict[str, RowCodec[Any]] = {}
-        for codec in codecs:
-            self._by_type[codec.table.document_type] = codec
-            self._by_tag[codec.table.id_tag] = codec
-
-    def of_type(self, document_type: type[Table]) -> RowCodec[Any]:
-        codec = self._by_type.get(document_type)
-        if codec is None:
-            raise InvalidDocument(
-                f"{getattr(document_type, '__name__', document_type)!r} is not a table of schema.py. "
-                "Tables are subclasses of engine.Table defined there."
-            )
-        return codec
-
-    def of_id(self, document_id: str) -> RowCodec[Any]:
-        codec = self._by_tag.get(str(document_id)[:TAG_LENGTH])
-        if codec is None or not is_id(document_id, codec.table.id_tag):
-            raise InvalidDocument(f"{document_id!r} is not an id of any table.")
-        return codec
-
-
 class Savepoint(msgspec.Struct, frozen=True):
     """What a nested mutation goes back to when it fails."""
 
     depth: int
-    write_set: WriteSet
+    write_count: int  # changes
     has_hidden_writes: bool
-
-
-class ReadTransaction:
-    """What one run reads; for a query also what it depends on."""
-
-    is_tracked: ClassVar[bool] = True  # whether the read set is to be exact
-
-    def __init__(
-        self,
-        connection: Connection,
-        catalog: Catalog,
-        limits: Limits,
-    ) -> None:
-        self._connection = connection
-        self.catalog = catalog
-        self._limits = limits
-        self.check_deadline: Callable[[], None] = no_deadline  # another one while a function runs
-        self.read_set = ReadSet(limits.read_range_count_max)
-        self.read_count = 0  # documents, also those that a filter then drops
-        self.read_size_bytes = 0
-        self.write_count = 0  # stays so, unless this is a WriteTransaction
-
-    def impose(self, limits: Limits, check_deadline: Callable[[], None]) -> None:
-        """A function begins: what it uses is counted from here on, and bounded."""
-        self._limits, self.check_deadline = limits, check_deadline
-        self.read_count = self.read_size_bytes = 0
-
-    def lift_limits(self) -> None:
-        """What the engine itself does here from now on is not bounded: limits are for functions."""
-        self._limits, self.check_deadline = _UNBOUNDED, no_deadline
-
-    def get(self, document_id: str) -> Table | None:
-        """The document, or None; either way the run depends on that one row."""
-        codec = self.catalog.of_id(document_id)
-        self.read_set.add_document(codec.table.name, document_id)
-        return self._read(codec, document_id)
-
-    def scan(
-        self,
-        document_type: type[Table],
-        index: IndexSchema,
-        index_range: IndexRange,
-        *,
-        descending: bool,
-        limit: int | None,
-    ) -> list[Any]:
-        """Documents in index order, at most `limit`; the caller adds to the read set what it consumes of them."""
-        self.check_deadline()
-        if index_range.start >= index_range.end:
-            return []
-        codec = self.catalog.of_type(document_type)
-        room = self._limits.read_document_count_max - self.read_count
-        wanted = room + 1 if limit is None else min(limit, room + 1)
-        rows = scans.fetch(self._connection, codec, index, index_range, descending=descending, limit=wanted)
-        self._spend(codec, rows)
-        decode = codec.decode
-        return [decode(row) for row in rows]
-
-    def count(self, document_type: type[Table], index: IndexSchema, index_range: IndexRange) -> int:
-        """How many documents the range holds; the run depends on their keys only."""
-        self.check_deadline()
-        self.read_set.add_key_range(index_range)
-        if index_range.start >= index_range.end:
-            return 0
-        codec = self.catalog.of_type(document_type)
-        room = self._limits.read_document_count_max - self.read_count
-        number = scans.count(self._connection, codec.table, index, index_range, limit=room + 1)
-        self._spend_documents(number)
-        return number
-
-    def _read(self, codec: RowCodec[Any], document_id: str) -> Table | None:
-        self.check_deadline()
-        row = codec.get(self._connection, document_id)
-        if row is None:
-            self._spend_documents(1)  # a look-up is one too
-            return None
-        self._spend(codec, [row])
-        document: Table = codec.decode(row)
-        return document
-
-    def _spend(self, codec: RowCodec[Any], rows: list[Any]) -> None:
-        self._spend_documents(len(rows))
-        self.read_size_bytes += sum(map(codec.size_of_row, rows))
-        if self.read_size_bytes > self._limits.read_size_bytes_max:
-            raise LimitExceeded(
-                "bytes read by one run",
-                used=self.read_size_bytes,
-                allowed=self._limits.read_size_bytes_max,
-                remedy="Read fewer documents (an index, take, paginate), or raise limits.read_size_bytes_max.",
-            )
-
-    def _spend_documents(self, count: int) -> None:
-        self.read_count += count
-        if self.read_count > self._limits.read_document_count_max:
-            raise LimitExceeded(
-                "documents read by one run",
-                used=self.read_count,
-                allowed=self._limits.read_document_count_max,
-                remedy="Read fewer documents (an index, take, paginate), or raise limits.read_document_count_max.",
-            )
 
 
 class WriteTransaction(ReadTransaction):
@@ -206,9 +69,10 @@ class WriteTransaction(ReadTransaction):
         self._writer = writer
         self._ticks, self._clock = ticks, clock
         self.tick = ticks.next_tick()  # of `ctx.now`
-        self.write_set = WriteSet()
+        self._writes: list[Write] = []  # in order; what is undone is taken off again
         self.has_hidden_writes = False  # to tables that no query can depend on: to be committed, and nobody is woken
-        self.write_size_bytes = 0
+        self.write_count = self.write_size_bytes = 0
+        self.fired_count = 0  # changes that triggers were told of
         self._depth = 0  # savepoints that are open inside the committer's
 
     def impose(self, limits: Limits, check_deadline: Callable[[], None]) -> None:
@@ -221,43 +85,145 @@ class WriteTransaction(ReadTransaction):
         self.check_deadline()
         tick = self._ticks.next_tick()
         document_id = make_id(codec.table.id_tag, tick, self._clock.entropy(9))
-        new = codec.table.with_id(document, document_id, creation_time_of(tick))
-        codec.table.check(new)
+        table = codec.table
+        new = table.with_id(document, document_id, creation_time_of(tick))
+        if table.updated_field is not None:
+            new = msgspec.structs.replace(new, **{table.updated_field: self.now})
+        if table.deleted_field is not None:
+            rules.check_deletion_stays(table, "insert", None, new)
+        table.check(new)
         row = self._encode(codec, new)
-        codec.insert(self._writer, row)
-        self._changed(codec, document_id, None, new)
+        rules.check_parents(self, table, None, new)
+        with self._as_one(table):
+            codec.insert(self._writer, row)
+            self._changed(codec, "insert", None, new)
         return document_id
 
-    def patch(self, document_id: str, changes: dict[str, Any]) -> None:
+    def patch(self, document_id: str, changes: dict[str, Any], *, with_deleted: bool = False) -> None:
         """Change some fields of a document that is there."""
-        codec, old = self._existing(document_id, "patch")
-        allowed = {field.name for field in codec.table.fields}
+        codec, old = self._existing(document_id, "patch", with_deleted=with_deleted)
+        fields = codec.table.fields_by_name
         for name in changes:
-            if name not in allowed:
+            if name not in fields:
                 raise InvalidDocument(
                     f"patch {codec.table.name}: there is no field {name!r} to change; "
-                    f"the fields are {', '.join(sorted(allowed))}."
+                    f"the fields are {', '.join(sorted(fields))}.",
+                    table=codec.table.name,
+                    field=name,
+                    value=changes[name],
                 )
-        self._write_over(codec, old, msgspec.structs.replace(old, **changes))
+        self.write_over(codec, "patch", old, msgspec.structs.replace(old, **changes))
 
-    def replace(self, document_id: str, document: Table) -> None:
+    def replace(self, document_id: str, document: Table, *, with_deleted: bool = False) -> None:
         """Put another document in the place of one that is there; id and creation time stay."""
-        codec, old = self._existing(document_id, "replace")
-        self._write_over(codec, old, codec.table.with_id(document, old.id, old.creation_time))
+        codec, old = self._existing(document_id, "replace", with_deleted=with_deleted)
+        self.write_over(codec, "replace", old, codec.table.with_id(document, old.id, old.creation_time))
 
     def delete(self, document_id: str) -> None:
-        """Remove a document that is there."""
-        codec, old = self._existing(document_id, "delete")
-        self._spend_write(0)
-        codec.delete(self._writer, document_id)
-        self._changed(codec, document_id, old, None)
+        """Remove a document that is there; where deleted documents stay, mark it."""
+        codec, old = self._existing(document_id, "delete", with_deleted=False)
+        self._delete(codec, old, is_for_good=False)
 
-    def _changed(self, codec: RowCodec[Any], document_id: str, old: Table | None, new: Table | None) -> None:
+    def purge(self, document_id: str) -> None:
+        """Remove a document, deleted or not, for good from a table where deleted ones stay."""
+        codec, old = self._existing(document_id, "purge", with_deleted=True)
+        _check_keeps_deleted(codec.table, "purge", "delete removes it for good")
+        self._delete(codec, old, is_for_good=True)
+
+    def restore(self, document_id: str) -> None:
+        """Bring a deleted document back; nothing happens if it is not deleted."""
+        codec, deleted = self._existing(document_id, "restore", with_deleted=True)
+        table = codec.table
+        _check_keeps_deleted(table, "restore", "what was deleted is gone")
+        if not table.is_deleted(deleted):
+            return
+        changes: dict[str, float | None] = {str(table.deleted_field): None}
+        if table.updated_field is not None:
+            changes[table.updated_field] = self.now
+        new = msgspec.structs.replace(deleted, **changes)
+        row = self._encode(codec, new)
+        rules.check_parents(self, table, None, new)
+        with self._as_one(table):
+            codec.update(self._writer, row, codec.encode(deleted))
+            self._changed(codec, "insert", deleted, new)
+
+    def _delete(self, codec: RowCodec[Any], old: Table, *, is_for_good: bool) -> None:
+        if codec.table.child_keys:
+            with self.nested():
+                rules.Deletion(self, is_for_good=is_for_good).run(old.id)
+        else:
+            with self._as_one(codec.table):
+                self.delete_alone(codec, old, is_for_good=is_for_good)
+
+    def _changed(self, codec: RowCodec[Any], operation: rules.Operation, old: Table | None, new: Table | None) -> None:
         """A document was written, by whomever: all that follows from it begins here."""
-        if codec.table.is_hidden:
+        table, document = codec.table, new if new is not None else old
+        assert document is not None
+        is_followed = table.name in self.catalog.followed
+        if is_followed:
+            totals.update(self._writer, table, old, new)  # first: what follows may write again
+            for index in table.search_indexes_by_name.values():
+                search_indexes.update(self._writer, table, index, old, new)
+            if new is None and (follow := self.catalog.on_delete.get(table.document_type)) is not None:
+                follow(self, old)
+        if table.is_hidden:
             self.has_hidden_writes = True
             return
-        self.write_set.add(Write(codec.table, document_id, old, new))
+        self._writes.append(Write(table, document.id, old, new))
+        if not is_followed or table.name not in self.catalog.triggered:
+            return
+        change = rules.change_of(table, operation, old, new)
+        if change is not None:
+            assert self.catalog.fire is not None
+            self.fired_count += 1
+            self.catalog.fire(self, table, change)
+
+    # -- for `rules.py`
+
+    def is_there(self, document_id: str) -> bool:
+        """Whether the document is there, and not deleted."""
+        self.check_deadline()
+        return self.catalog.of_id(document_id).is_live(self._writer, document_id)
+
+    def find_children(self, key: ForeignKey, document_id: str, *, limit: int, with_deleted: bool) -> list[str]:
+        """The ids of documents whose foreign key names this one, at most `limit`."""
+        self.check_deadline()
+        table = self.catalog.of_table(key.table).table
+        index = key.index_with_deleted if with_deleted else key.index
+        return scans.ids_under(self._writer, table, index, (document_id,), limit=limit)
+
+    def find_row(self, document_id: str, *, with_deleted: bool) -> tuple[RowCodec[Any], Table] | None:
+        """The document as it is now."""
+        codec = self.catalog.of_id(document_id)
+        document = self._read(codec, document_id, with_deleted=with_deleted)
+        return None if document is None else (codec, document)
+
+    def delete_alone(self, codec: RowCodec[Any], old: Table, *, is_for_good: bool) -> None:
+        """Delete a document, whatever names it."""
+        deleted_field = codec.table.deleted_field
+        if is_for_good or deleted_field is None:
+            self._spend_write(0)
+            codec.delete(self._writer, old.id)
+            self._changed(codec, "delete", old, None)
+        else:
+            new = msgspec.structs.replace(old, **{deleted_field: self.now})
+            codec.update(self._writer, self._encode(codec, new), codec.encode(old))
+            self._changed(codec, "delete", old, new)
+
+    @property
+    def write_room(self) -> int:
+        """How many more documents may be written."""
+        return self._limits.write_document_count_max - self.write_count
+
+    # -- what was written
+
+    @property
+    def write_set(self) -> WriteSet:
+        """What this mutation has changed so far."""
+        write_set = WriteSet()
+        for write in self._writes:
+            write_set.add(write)
+        return write_set
 
     @property
     def now(self) -> float:
@@ -271,9 +237,10 @@ class WriteTransaction(ReadTransaction):
 
     def begin_nested(self) -> "Savepoint":
         """Open a savepoint for a nested mutation; the result is for `end_nested` or `undo_nested`."""
+        self._check_open()
         self._depth += 1
         self._writer.savepoint(self._depth)
-        return Savepoint(self._depth, self.write_set.copy(), self.has_hidden_writes)
+        return Savepoint(self._depth, len(self._writes), self.has_hidden_writes)
 
     def end_nested(self, savepoint: "Savepoint") -> None:
         """Keep what was written since `begin_nested`."""
@@ -285,26 +252,54 @@ class WriteTransaction(ReadTransaction):
 
         When storage has undone everything, there is nothing left to.
         """
-        self.write_set, self.has_hidden_writes = savepoint.write_set, savepoint.has_hidden_writes
+        del self._writes[savepoint.write_count :]
+        self.has_hidden_writes = savepoint.has_hidden_writes
         if self._writer.in_transaction:
             self._writer.rollback_to(savepoint.depth)
             self._writer.release(savepoint.depth)
         self._depth = savepoint.depth - 1
 
-    def _existing(self, document_id: str, operation: str) -> tuple[RowCodec[Any], Table]:
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        """A savepoint around some writes: all of them are kept, or none if one raises."""
+        savepoint = self.begin_nested()
+        try:
+            yield
+        except BaseException:
+            self.undo_nested(savepoint)
+            raise
+        self.end_nested(savepoint)
+
+    def _as_one(self, table: TableSchema) -> AbstractContextManager[None]:
+        """Around one write of the table (invariant 2); costs nothing where it sets off nothing."""
+        return self.nested() if table.name in self.catalog.followed else _ALONE
+
+    def _existing(self, document_id: str, operation: str, *, with_deleted: bool) -> tuple[RowCodec[Any], Table]:
         codec = self.catalog.of_id(document_id)
-        old = self._read(codec, document_id)
+        old = self._read(codec, document_id, with_deleted=with_deleted)
         if old is None:
             raise DocumentNotFound(codec.table.name, document_id, operation)
         return codec, old
 
-    def _write_over(self, codec: RowCodec[Any], old: Table, new: Table) -> None:
-        codec.table.check(new)
+    def write_over(self, codec: RowCodec[Any], operation: rules.Operation, old: Table, new: Table) -> None:
+        """Put `new` in the place of `old`, if it differs."""
+        table = codec.table
+        if table.deleted_field is not None:
+            new = rules.check_deletion_stays(table, operation, old, new)
+        if table.updated_field is not None:
+            new = msgspec.structs.replace(new, **{table.updated_field: getattr(old, table.updated_field)})
+        table.check(new)
         row, old_row = self._encode(codec, new), codec.encode(old)
         if row == old_row:
             return  # invariant 2 of write_set: nothing changed, so nobody is woken
-        codec.update(self._writer, row, old_row)
-        self._changed(codec, old.id, old, new)
+        if table.updated_field is not None:
+            new = msgspec.structs.replace(new, **{table.updated_field: self.now})
+            row = codec.encode(new)
+        if table.foreign_keys and not table.is_deleted(new):  # a deleted one is looked at when it is restored
+            rules.check_parents(self, table, old, new)
+        with self._as_one(table):
+            codec.update(self._writer, row, old_row)
+            self._changed(codec, operation, old, new)
 
     def _encode(self, codec: RowCodec[Any], document: Table) -> tuple[Any, ...]:
         row = codec.encode(document)
@@ -320,20 +315,35 @@ class WriteTransaction(ReadTransaction):
         return row
 
     def _spend_write(self, size_bytes: int) -> None:
-        if not self._writer.in_transaction:  # a write now would be on its own, and durable at once
-            raise StorageFull("storage has undone this mutation; nothing more can be written in it. Try again.")
+        self._check_open()
         self.write_count += 1
         self.write_size_bytes += size_bytes
-        for what, used, allowed, name in (
-            ("documents written by one mutation", self.write_count, self._limits.write_document_count_max,
-             "write_document_count_max"),
-            ("bytes written by one mutation", self.write_size_bytes, self._limits.write_size_bytes_max,
-             "write_size_bytes_max"),
-        ):  # fmt: skip
-            if used > allowed:
-                raise LimitExceeded(
-                    what,
-                    used=used,
-                    allowed=allowed,
-                    remedy=f"Write in several mutations (ctx.scheduler.run_after(0, …)), or raise limits.{name}.",
-                )
+        self.expect_writes(0)
+
+    def expect_writes(self, count: int) -> None:
+        """LimitExceeded when this many more documents would be too many."""
+        limits = self._limits
+        if self.write_count + count > limits.write_document_count_max:
+            allowed = limits.write_document_count_max
+            raise _too_much_written("documents", self.write_count + count, allowed, "write_document_count_max")
+        if self.write_size_bytes > limits.write_size_bytes_max:
+            allowed = limits.write_size_bytes_max
+            raise _too_much_written("bytes", self.write_size_bytes, allowed, "write_size_bytes_max")
+
+    def _check_open(self) -> None:
+        if not self._writer.in_transaction:  # a write now would be on its own, and durable at once
+            raise StorageFull("storage has undone this mutation; nothing more can be written in it. Try again.")
+
+
+def _too_much_written(what: str, used: int, allowed: int, name: str) -> LimitExceeded:
+    return LimitExceeded(
+        f"{what} written by one mutation",
+        used=used,
+        allowed=allowed,
+        remedy=f"Write in several mutations (ctx.scheduler.run_after(0, …)), or raise limits.{name}.",
+    )
+
+
+def _check_keeps_deleted(table: TableSchema, operation: str, remedy: str) -> None:
+    if table.deleted_field is None:
+        raise FunctionMisuse(f"{operation} {table.name}: the table has no DeletedAt field; {remedy}.")

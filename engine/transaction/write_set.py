@@ -26,8 +26,8 @@ class WriteSet:
 
     __slots__ = ("_by_document",)
 
-    def __init__(self, by_document: dict[tuple[str, str], Write] | None = None) -> None:
-        self._by_document = by_document if by_document is not None else {}
+    def __init__(self) -> None:
+        self._by_document: dict[tuple[str, str], Write] = {}
 
     def add(self, write: Write) -> None:
         place = (write.table.name, write.document_id)
@@ -41,10 +41,6 @@ class WriteSet:
         """Add all that a later mutation wrote."""
         for write in other:
             self.add(write)
-
-    def copy(self) -> "WriteSet":
-        """The state to return to when a nested mutation fails."""
-        return WriteSet(dict(self._by_document))
 
     def __iter__(self) -> Iterator[Write]:
         return iter(self._by_document.values())

@@ -74,6 +74,17 @@ export const api = {
     addTwice: action<Board & { text: string }, number>("errands:addTwice"),
     linger: action<Board, null>("errands:linger"),
   },
+  visits: {
+    enter: mutation<Board & { name: string }, null>("visits:enter"),
+    knock: mutation<Board, null>("visits:knock"),
+  },
+  pictures: {
+    uploadUrl: mutation<None, string>("pictures:uploadUrl"),
+    add: mutation<Board & { file: string }, string>("pictures:add"),
+    shown: query<Board, { picture_id: string; url: string | null }[]>("pictures:shown"),
+    removeFile: mutation<{ file: string }, null>("pictures:removeFile"),
+    copy: action<{ file: string }, string | null>("pictures:copy"),
+  },
   chatter: {
     greet: query<None, string>("chatter:greet"),
     speak: query<{ word: string }, string>("chatter:speak"),

@@ -135,6 +135,26 @@ test("an app's error reaches the caller with its data, also in production", asyn
   await assert.rejects(client.action(api.faults.refuseAction, {}), isRefusal);
 });
 
+test("who does something too often is told when to try again", async (t) => {
+  const client = open(t, backend);
+  await client.mutation(api.visits.knock, { board: "limited" });
+  const failure = await failureOf(client.mutation(api.visits.knock, { board: "limited" }));
+  assert(failure instanceof ConvexError);
+  assert.deepEqual(Object.keys(failure.data).toSorted(), ["code", "name", "retry_after_ms"]);
+  assert.equal(failure.data.code, "RateLimited");
+  assert(failure.data.retry_after_ms > 3_500_000 && failure.data.retry_after_ms <= 3_600_000);
+});
+
+test("a client that closes has left, and one that stays has not", async (t) => {
+  const seen = texts(open(t, backend), "visited");
+  const [leaving, staying] = [open(t, backend), open(t, backend)];
+  await leaving.mutation(api.visits.enter, { board: "visited", name: "ann" });
+  await staying.mutation(api.visits.enter, { board: "visited", name: "ben" });
+  await seen.untilEqual(["ann", "ben"]);
+  await leaving.close();
+  await seen.untilEqual(["ben"]);
+});
+
 test("any other error is redacted in production, and its request id finds it in the log", async (t) => {
   const client = open(t, backend);
   await assert.rejects(client.query(api.faults.breakQuery, {}), isRedacted);

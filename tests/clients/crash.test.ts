@@ -55,6 +55,18 @@ test("mutations in flight while the server is killed are applied exactly once", 
   assert.deepEqual(stored.toSorted(), sent.toSorted());
 });
 
+test("who is gone when the server comes back has left", async (t) => {
+  const seen = texts(open(t, backend), "died");
+  const [leaving, watcher] = [open(t, backend), open(t, backend)];
+  await leaving.mutation(api.visits.enter, { board: "died", name: "ann" });
+  await watcher.mutation(api.notes.add, { board: "died", text: "a note" });
+  await seen.untilEqual(["ann", "a note"]);
+  await backend.kill();
+  await leaving.close();
+  await backend.resume();
+  await seen.untilEqual(["a note"]);
+});
+
 test("what a client sent into the dead server is applied once it is back, in order", async (t) => {
   const client = open(t, backend);
   const seen = texts(client, "outage");

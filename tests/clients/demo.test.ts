@@ -6,7 +6,7 @@ import type { ConvexClient } from "convex/browser";
 import { makeFunctionReference } from "convex/server";
 import { ConvexError } from "convex/values";
 import { Backend } from "./backend.ts";
-import { open, test, watch } from "./clients.ts";
+import { failureOf, open, test, watch } from "./clients.ts";
 import { Views } from "./views.ts";
 
 type Message = { _id: string; message: string; user_name: string; status: "active" | "hidden" | "deleted" };
@@ -17,14 +17,19 @@ type Progress = {
   device_type: string | null;
 };
 type Update = { contentId: string; positionSeconds: number; durationSeconds: number; deviceType?: string };
+type Page = { page: Message[]; isDone: boolean };
+type PageOptions = { gameId: string; paginationOpts: { numItems: number; cursor: string | null } };
 type Join = { gameId: string; sessionId: string; deviceType: string };
 
 const api = {
   games: makeFunctionReference<"query", Record<string, never>, { _id: string; status: string }[]>("games:list"),
   content: makeFunctionReference<"query", Record<string, never>, { _id: string }[]>("content:list"),
   store: makeFunctionReference<"mutation", Record<string, never>, string>("users:store"),
+  me: makeFunctionReference<"query", Record<string, never>, { _id: string } | null>("users:me"),
+  deleteAccount: makeFunctionReference<"mutation", Record<string, never>, null>("users:deleteAccount"),
   send: makeFunctionReference<"mutation", { gameId: string; message: string }, string>("chat:sendMessage"),
   messages: makeFunctionReference<"query", { gameId: string; limit?: number }, Message[]>("chat:getMessages"),
+  allMessages: makeFunctionReference<"query", PageOptions, Page>("chat:listMessages"),
   moderate: makeFunctionReference<"mutation", { messageId: string; status: string }, null>("chat:moderateMessage"),
   update: makeFunctionReference<"mutation", Update, string>("watchProgress:updateProgress"),
   progress: makeFunctionReference<"query", { contentId: string }, Progress | null>("watchProgress:getProgress"),
@@ -56,8 +61,9 @@ async function signedIn(t: TestContext, subject: string): Promise<ConvexClient> 
   return client;
 }
 
-const liveGame = async (client: ConvexClient): Promise<string> =>
-  (await client.query(api.games, {})).find((game) => game.status === "live")!._id;
+/** The game with the demo chat, and one in which nobody has said anything yet. */
+const gameThatIs = async (status: "live" | "scheduled", client: ConvexClient): Promise<string> =>
+  (await client.query(api.games, {})).find((game) => game.status === status)!._id;
 
 const hasCode =
   (code: string) =>
@@ -67,29 +73,51 @@ const hasCode =
     return true;
   };
 
+const isForbidden = /Server Error: Forbidden: /;
+
+const textsIn = (messages: Message[]): string[] => messages.map((message) => message.message);
+
 test("a chat message is on every screen, and moderation hides it from all but moderators", async (t) => {
   const [tomas, sam] = await Promise.all([signedIn(t, "tomas"), signedIn(t, "sam")]);
   const guest = open(t, backend);
-  const gameId = await liveGame(guest);
+  const gameId = await gameThatIs("scheduled", guest);
   const screens = [tomas, sam, guest].map((client) => watch(client, api.messages, { gameId, limit: 3 }));
-  const newest = async (text: string, status: string): Promise<void> => {
-    for (const screen of screens) {
-      await screen.until((view) => {
-        const last = Array.isArray(view) ? view.at(-1) : undefined;
-        return last?.message === text && last.status === status;
-      }, `${status} '${text}' as the newest message`);
+  const paginationOpts = { numItems: 10, cursor: null };
+  const lists = [tomas, sam, guest].map((client) => watch(client, api.allMessages, { gameId, paginationOpts }));
+  const [ofTomas, ofSam, ofGuest] = lists;
+  const shown = async (views: Views<Message[] | Page | Error>[], expected: string[]): Promise<void> => {
+    for (const view of views) {
+      await view.until((now) => {
+        if (now instanceof Error) throw now;
+        return textsIn("page" in now ? now.page : now).join("|") === expected.join("|");
+      }, `[${expected}]`);
     }
   };
   const messageId = await tomas.mutation(api.send, { gameId, message: "  That was offside!  " });
-  await newest("That was offside!", "active");
+  await shown([...screens, ...lists], ["That was offside!"]);
   await sam.mutation(api.moderate, { messageId, status: "hidden" });
-  await newest("", "hidden");
+  await shown([...screens, ofTomas!, ofGuest!], []);
+  await shown([ofSam!], ["That was offside!"]);
+  await assert.rejects(tomas.mutation(api.moderate, { messageId, status: "active" }), hasCode("MESSAGE_NOT_FOUND"));
   await sam.mutation(api.moderate, { messageId, status: "active" });
-  await newest("That was offside!", "active");
+  await shown([...screens, ...lists], ["That was offside!"]);
 
-  await assert.rejects(tomas.mutation(api.moderate, { messageId, status: "deleted" }), hasCode("FORBIDDEN"));
+  await assert.rejects(tomas.mutation(api.moderate, { messageId, status: "deleted" }), isForbidden);
+  await assert.rejects(guest.mutation(api.moderate, { messageId, status: "deleted" }), isForbidden);
   await assert.rejects(tomas.mutation(api.send, { gameId, message: "   " }), hasCode("EMPTY_MESSAGE"));
   await assert.rejects(guest.mutation(api.send, { gameId, message: "hi" }), hasCode("UNAUTHENTICATED"));
+});
+
+test("a user who sends too fast is told when to go on, and others send meanwhile", async (t) => {
+  const [aiko, tomas] = await Promise.all([signedIn(t, "aiko"), signedIn(t, "tomas")]);
+  const gameId = await gameThatIs("live", aiko);
+  const sends = Array.from({ length: 6 }, (_, n) => aiko.mutation(api.send, { gameId, message: `goal ${n}` }));
+  const last = await failureOf(sends.pop()!);
+  await Promise.all(sends);
+  assert(last instanceof ConvexError);
+  assert.equal(last.data.code, "RateLimited");
+  assert(last.data.retry_after_ms > 0 && last.data.retry_after_ms <= 2_000);
+  await tomas.mutation(api.send, { gameId, message: "calm down" });
 });
 
 test("progress on one device shows on the others of the same user only", async (t) => {
@@ -112,7 +140,7 @@ test("progress on one device shows on the others of the same user only", async (
 
 test("the viewer count follows who comes and goes, and a heartbeat wakes no screen", async (t) => {
   const [screen, player] = [open(t, backend), open(t, backend)];
-  const gameId = await liveGame(screen);
+  const gameId = await gameThatIs("live", screen);
   const count = watch(screen, api.viewers, { gameId });
   await count.untilEqual({ viewerCount: 0 });
   await player.mutation(api.join, { gameId, sessionId: "one", deviceType: "desktop" });
@@ -128,4 +156,31 @@ test("the viewer count follows who comes and goes, and a heartbeat wakes no scre
     count.all.map((view) => (view as { viewerCount: number }).viewerCount),
     [0, 1, 2, 1, 2],
   );
+});
+
+test("a screen that closes leaves the viewer count within seconds, by whatever it had joined", async (t) => {
+  const [screen, staying, leaving] = [open(t, backend), open(t, backend), await signedIn(t, "tomas")];
+  const gameId = await gameThatIs("scheduled", screen);
+  const count = watch(screen, api.viewers, { gameId });
+  await staying.mutation(api.join, { gameId, sessionId: "stays", deviceType: "desktop" });
+  for (const sessionId of ["a tab", "another tab"]) {
+    await leaving.mutation(api.join, { gameId, sessionId, deviceType: "mobile" });
+  }
+  await count.untilEqual({ viewerCount: 3 });
+  await leaving.close();
+  await count.untilEqual({ viewerCount: 1 });
+});
+
+test("a user who deletes the account is gone from every screen", async (t) => {
+  const [zoe, screen] = [await signedIn(t, "zoe"), open(t, backend)];
+  const gameId = await gameThatIs("live", screen);
+  const isThere = (view: Message[] | Error): boolean =>
+    Array.isArray(view) && view.some((message) => message.user_name === "zoe");
+  const [me, chat] = [watch(zoe, api.me, {}), watch(screen, api.messages, { gameId, limit: 200 })];
+  await zoe.mutation(api.send, { gameId, message: "hi and bye" });
+  await chat.until(isThere, "a message");
+  await zoe.mutation(api.deleteAccount, {});
+  await chat.until((view) => !isThere(view), "no message");
+  await me.untilEqual(null);
+  await assert.rejects(zoe.mutation(api.send, { gameId, message: "still here" }), hasCode("USER_NOT_STORED"));
 });

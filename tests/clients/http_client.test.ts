@@ -23,6 +23,20 @@ test("a write over HTTP reaches a subscriber on a socket", async (t) => {
   await seen.untilEqual(["posted", "done 1", "done 2"]);
 });
 
+test("a rate limit says when to try again, and what needs a connection says so", async () => {
+  const http = client();
+  await http.mutation(api.visits.knock, { board: "limited over HTTP" });
+  await assert.rejects(http.mutation(api.visits.knock, { board: "limited over HTTP" }), (failure: unknown) => {
+    assert(failure instanceof ConvexError);
+    assert(failure.data.retry_after_ms > 3_500_000 && failure.data.retry_after_ms <= 3_600_000);
+    return true;
+  });
+  await assert.rejects(
+    http.mutation(api.visits.enter, { board: "http", name: "nobody" }),
+    /SessionRequired: .* WebSocket/,
+  );
+});
+
 test("consistent queries of one client all see the moment of the first", async () => {
   const [http, writer] = [client(), client()];
   await writer.mutation(api.notes.add, { board: "consistent", text: "before" });

@@ -34,6 +34,7 @@ ISSUER, AUDIENCE, KEY_ID = "https://login.clients.test", "clients", "clients-tes
 START_SECONDS_MAX, STOP_SECONDS_MAX = 20, 20
 
 Mode = Literal["serve", "dev", "demo"]  # demo: `engine dev` over the demo app, with its demo data
+DEMO_CONFIG = "[limits]\ndisconnect_grace_ms = 1_000  # tests wait for it\n"
 
 
 class ServerFailed(Exception):
@@ -45,14 +46,16 @@ class Server:
 
     def __init__(self, directory: Path, mode: Mode = "serve") -> None:
         self._mode = mode
-        self._app = REPOSITORY if mode == "demo" else directory / "app"
+        self._app = directory / "app"
         self._database = directory / "engine.db"
         self._log = directory / "server.log"
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None  # None while no server runs
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._foreign_key = ec.generate_private_key(ec.SECP256R1())  # the provider does not know it
-        if mode != "demo":
+        if mode == "demo":
+            self._copy_demo()
+        else:
             self._copy_app()
 
     @property
@@ -138,6 +141,11 @@ class Server:
         public_key = ECAlgorithm.to_jwk(self._key.public_key(), as_dict=True)
         key_set = {"keys": [{**public_key, "kid": KEY_ID, "alg": "ES256", "use": "sig"}]}
         (self._app / "jwks.json").write_text(json.dumps(key_set))
+
+    def _copy_demo(self) -> None:
+        shutil.copytree(REPOSITORY / "functions", self._app / "functions", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPOSITORY / "schema.py", self._app)
+        (self._app / "engine.toml").write_text(DEMO_CONFIG)
 
     def _command(self, command: str, *options: str) -> list[str]:
         paths = ["--app", str(self._app), "--database", str(self._database)]

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from threading import Event
 from typing import Any
 
 import pytest
@@ -112,6 +113,37 @@ def test_an_app_error_reaches_the_caller_with_its_data(client: ConvexClient) -> 
         with pytest.raises(ConvexError) as refused:
             call(path)
         assert refused.value.data == REFUSAL
+
+
+def test_who_does_something_too_often_is_told_when_to_try_again(client: ConvexClient, http: ConvexHttpClient) -> None:
+    client.mutation("visits:knock", {"board": "limited"})
+    for asking in (client, http):
+        with pytest.raises(ConvexError) as refused:
+            asking.mutation("visits:knock", {"board": "limited"})
+        data: Any = refused.value.data
+        assert (data["code"], data["name"]) == ("RateLimited", "visits:knock")
+        assert 3_500_000 < data["retry_after_ms"] <= 3_600_000
+
+
+def test_a_client_that_is_gone_has_left(server: Server, client: ConvexClient) -> None:
+    board = Board(client, "visited")
+    board.until([])
+    told, end = Pipe(duplex=False)
+    visitor = get_context("spawn").Process(target=visit, args=(server.address, "visited", "ann", end), daemon=True)
+    visitor.start()
+    assert told.recv() == "entered"
+    board.until(["ann"])
+    visitor.kill()
+    visitor.join()
+    board.until([])
+
+
+def visit(address: str, board: str, name: str, told: "Connection[str, str]") -> None:
+    """Enter, and stay until killed: the body of a process."""
+    client = ConvexClient(address)
+    client.mutation("visits:enter", {"board": board, "name": name})
+    told.send("entered")
+    Event().wait()
 
 
 def test_any_other_error_is_redacted_in_production(client: ConvexClient) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from engine.config import Config, Mode
 from engine.engine import Engine
 from engine.events import Event, JobFinished, QueryRan
-from engine.functions.calls import Outcome, value_of
+from engine.functions.calls import value_of
 from engine.functions.failures import Failure
+from engine.functions.outcomes import Outcome
 from engine.limits import Limits
 from engine.live.live_query import Result
 from engine.sync.backend import ActionOutcome, MutationOutcome
@@ -165,11 +166,12 @@ async def open_app(
     mode: Mode = "development",
     limits: Limits | None = None,
     clock: ManualClock | None = None,
+    **more: Any,
 ) -> AsyncIterator[OpenApp]:
-    """Write an app (None: open what is there) and open it; its database lies beside it and stays."""
+    """Write an app (None: open what is there) and open it; its database lies beside it and stays. `more` configures."""
     if functions is not None:
         write_app(directory / "app", functions, schema=schema)
     clock = clock or ManualClock()
-    config = Config(mode=mode, limits=limits or UNHURRIED)
+    config = Config(mode=mode, limits=limits or UNHURRIED, **more)
     async with Engine.open(directory / "app", directory / "engine.db", config=config, clock=clock) as engine:
         yield OpenApp(directory / "app", engine, clock)

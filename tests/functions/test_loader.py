@@ -1,5 +1,6 @@
 """From an app directory to its schema and registry, whole or not at all."""
 
+import importlib
 import os
 import py_compile
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import DeveloperError, RegistryError, SchemaError
-from engine.functions.loader import App, load_app
+from engine.functions.loader import App, Installed, install, installed, load_app
 from engine.limits import Limits
 from tests.functions.apps import write_app
 
@@ -120,6 +121,27 @@ def test_a_broken_module_is_an_error_that_names_it_and_leaves_everything_as_it_w
     assert app_modules.items() <= modules.items()
     assert (sys.path, sys.meta_path) == (path, finders)
     assert answer(before) == "old"
+
+
+def test_modules_that_are_kept_are_taken_as_they_are_and_the_others_imported(tmp_path: Path) -> None:
+    load(write_app(tmp_path, {"m": get("old")}))
+    schema = sys.modules["schema"]
+    write_app(tmp_path, {"m": get("new"), "n": get("new")})
+    kept = load_app(tmp_path, Limits(), keeps_modules=True)
+    assert (answer(kept), answer(kept, "n:get")) == ("old", "new")
+    assert sys.modules["schema"] is schema
+
+
+def test_an_app_that_is_installed_again_has_its_own_modules_and_finds_more_of_them(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_app(tmp_path / name, {"m": get(name), "later": f"name = {name!r}\n"})
+    load(tmp_path / "one")
+    one = installed()
+    assert one.finder is not None
+    load(tmp_path / "two")
+    install(Installed(one.finder, {name: module for name, module in one.modules.items() if "later" not in name}))
+    assert importlib.import_module("functions.m") is one.modules["functions.m"]
+    assert importlib.import_module("functions.later").name == "one"
 
 
 def test_the_message_shows_the_line_that_failed(tmp_path: Path) -> None:

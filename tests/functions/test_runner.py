@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from engine.errors import EngineError, FunctionFailed, FunctionMisuse, InvalidResult, LimitExceeded
+from engine.errors import EngineError, FunctionFailed, FunctionMisuse, InvalidResult, LimitExceeded, RegistryError
 from engine.events import ActionRan, FunctionFaulted, MutationRan
 from engine.functions.registry import FunctionKind
 from engine.identity import Identity
@@ -320,7 +320,7 @@ async def draw(ctx, n: int = 0) -> float: return ctx.random.random()
 @mutation
 async def stamp(ctx) -> list[float]: return [ctx.now, ctx.random.random()]
 @mutation
-async def nested(ctx) -> list[float]: return [ctx.random.random(), *[await ctx.run_query(draw) for _ in range(2)]]
+async def nested(ctx) -> list[float]: return [ctx.random.random(), *[await ctx.run_query(draw, n=n) for n in range(2)]]
 @action
 async def act(ctx) -> float: return ctx.random.random()
 """
@@ -354,9 +354,11 @@ async def test_now_strictly_grows_over_mutations_even_when_no_time_passes_or_the
     assert len({drawn for _, drawn in stamps[:22]}) == 22, "each mutation draws numbers of its own"
 
 
-async def test_functions_in_one_run_draw_different_numbers(tmp_path: Path) -> None:
+async def test_functions_in_one_run_draw_different_numbers_and_a_query_those_that_are_its_own(tmp_path: Path) -> None:
     async with open_app(tmp_path, DRAWS) as app:
-        assert len(set(await app.call("m:nested"))) == 3
+        drawn = await app.call("m:nested")
+        assert len(set(drawn)) == 3
+        assert drawn[1:] == [await app.call("m:draw", n=n) for n in range(2)]
         assert await app.call("m:act") != await app.call("m:act")
 
 
@@ -454,20 +456,74 @@ async def test_the_identity_reaches_each_kind_of_function(tmp_path: Path) -> Non
 # -- actions
 
 
-async def test_an_action_past_its_time_fails_and_the_time_of_others_is_their_own(tmp_path: Path) -> None:
-    functions = """
+WAITING = """
+from datetime import timedelta
+began, log = asyncio.Event(), []
+
 @action
-async def wait(ctx) -> None: await asyncio.get_running_loop().create_future()
+async def wait(ctx) -> None:
+    began.set()
+    await asyncio.get_running_loop().create_future()
+
+@action(timeout=timedelta(seconds=2.5))
+async def wait_briefly(ctx) -> None:
+    try:
+        await ctx.run_action(wait)
+    finally:
+        log.append("ended")
+
 @action
 async def call(ctx) -> str:
     try:
-        await ctx.run_action("m:wait")
+        await ctx.run_action(wait_briefly)
     except LimitExceeded as error:
-        return str(error)
+        return f"caught: {error}"
 """
-    async with open_app(tmp_path, functions, limits=Limits(action_seconds_max=0)) as app:
-        failure = await app.failure("m:wait")
-        assert (failure.code, "limits.action_seconds_max" in failure.message) == ("LimitExceeded", True)
+
+
+@pytest.mark.parametrize(
+    ("path", "seconds", "told"),
+    [
+        ("m:wait", 60, "LimitExceeded: run time in s of m:wait: 60 used, 60 allowed."),
+        ("m:wait_briefly", 2.5, "LimitExceeded: run time in s of m:wait_briefly: 2.5 used, 2.5 allowed."),
+        ("m:call", 2.5, "caught: run time in s of m:wait_briefly: 2.5 used, 2.5 allowed."),
+    ],
+)
+async def test_an_action_past_its_time_fails_and_the_time_of_its_caller_is_another(
+    tmp_path: Path, path: str, seconds: float, told: str
+) -> None:
+    async with open_app(tmp_path, WAITING, limits=Limits(action_seconds_max=60)) as app:
+        names = app.engine.registry.by_path["m:wait"].callable.__globals__
+        waiting = asyncio.ensure_future(app.outcome(path))
+        await names["began"].wait()
+        app.clock.advance(seconds - 0.001)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        app.clock.advance(0.001)
+        outcome = await waiting
+        text = outcome.failure.message if outcome.failure is not None else (outcome.value or b"").decode()
+        assert told in text
+        assert "raise its @action(timeout=…) or limits.action_seconds_max" in text
+        assert names["log"] == (["ended"] if path != "m:wait" else [])
+        assert app.engine.under_way == []
+
+
+@pytest.mark.parametrize(
+    "decorator",
+    [
+        "@action(timeout=30)",
+        "@action(timeout=timedelta(0))",
+        "@action(timeout=timedelta(minutes=11))",
+        "@action(retries=-1)",
+        "@action(retries=101)",
+        "@mutation(retries=1.5)",
+    ],
+)
+async def test_times_and_retries_that_cannot_be_are_refused(tmp_path: Path, decorator: str) -> None:
+    functions = f"from datetime import timedelta\n{decorator}\nasync def bad(ctx) -> None: ...\n"
+    with pytest.raises(RegistryError, match=r"m:bad: (timeout|retries)="):
+        async with open_app(tmp_path, functions):
+            pass
 
 
 async def test_an_action_that_is_cancelled_from_outside_ends(tmp_path: Path) -> None:
@@ -513,6 +569,16 @@ NESTING = """
 async def use(ctx, n: int) -> int:
     return await ctx.run_query(use, n=n - 1) if n else 0
 """
+TRIGGERS = """
+@mutation
+async def use(ctx, n: int) -> None:
+    await ctx.db.insert(Free(value=n))
+
+@trigger(Free)
+async def insert_again(ctx, change) -> None:
+    if change.new.value > 1: await ctx.db.insert(Free(value=change.new.value - 1))
+"""
+RATE = "from datetime import timedelta\nRATE = token_bucket('r', count=9, per=timedelta(1))\n"
 RUN_LIMITS = {
     "read_document_count_max": RunLimit(3, using("query", "await ctx.db.query(Item).take(n)")),
     "read_size_bytes_max": RunLimit(
@@ -531,6 +597,12 @@ RUN_LIMITS = {
         500, using("mutation", "await ctx.scheduler.run_after(9e9, 'm:add', key='x' * n)")
     ),
     "nesting_depth_max": RunLimit(3, NESTING),
+    "trigger_depth_max": RunLimit(3, TRIGGERS),
+    "rate_limit_key_length_max": RunLimit(20, RATE + using("mutation", "await ctx.limit(RATE, key='k' * n)")),
+    "search_text_length_max": RunLimit(20, using("query", "await ctx.db.search(Item.search, '!' * n).first()")),
+    "search_word_count_max": RunLimit(
+        5, using("query", "await ctx.db.search(Item.search, ' '.join(map(str, range(n)))).first()")
+    ),
     "arguments_size_bytes_max": RunLimit(300, using("query", "pass", arguments="n: str")),
     "result_size_bytes_max": RunLimit(500, using("query", "return 'x' * n")),
     "value_depth_max": RunLimit(
@@ -558,20 +630,22 @@ TESTED_ELSEWHERE = {
     "log_line_count_max": "test_run.py: the rest is not kept",
     "log_line_size_bytes_max": "test_run.py: the rest is cut off",
     "field_name_length_max": "test_schema.py",
+    "search_match_count_max": "test_search.py: the newest are ranked",
 }
 _NOT_OF_A_RUN = re.compile(
     "query_count|mutation_|action_concurrent|message_|send_|transition_|ping_|heartbeat_|connect|unconnected|"
-    "authentication_|group_|result_cache|wal_|ledger_|snapshot_|scheduler_batch|http_"
+    "authentication_|group_|result_cache|wal_|ledger_|snapshot_|scheduler_batch|moment_|disconnect_|http_|route_|webhook_|file_"
 )
 FREE_SCHEMA = """
 from typing import Any
-from engine import Table, index
+from engine import Table, index, search_index
 
 class Item(Table, name="items"):
     key: str
     rank: int = 0
     note: str = ""
     by_key = index("key", "rank")
+    search = search_index("note")
 
 class Free(Table, name="frees"):
     value: Any

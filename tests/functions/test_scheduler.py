@@ -1,6 +1,7 @@
 """Jobs and crons: each takes effect once, whatever stops in between, and a backlog starves nobody."""
 
 import asyncio
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,221 @@ async def test_how_an_action_ended_is_recorded_even_if_there_is_no_room_for_now(
         assert (await states(app), len(refused)) == (["succeeded"], 2)
 
 
+# -- tried again
+
+
+FAILS = (
+    ACTIONS
+    + """
+tries = []
+
+async def attempt(ctx, failures: int) -> None:
+    tries.append(ctx.now)
+    if len(tries) <= failures:
+        raise ValueError(f"failure {len(tries)}")
+
+@mutation(internal=True, retries=3)
+async def write(ctx, failures: int = 2) -> None:
+    await ctx.db.insert(Item(key="written"))
+    await attempt(ctx, failures)
+
+@action(internal=True, retries=3)
+async def fetch(ctx, failures: int = 2) -> None:
+    await attempt(ctx, failures)
+    await ctx.run_mutation(add, key="written")
+
+@mutation(internal=True, retries=3)
+async def give_up(ctx) -> None: await ctx.scheduler.run_after(0, "m:write", failures=99)
+
+@mutation(internal=True, retries=3)
+async def refuse(ctx) -> None:
+    tries.append(ctx.now)
+    raise AppError("no")
+"""
+)
+
+
+def tries_of(app: OpenApp) -> list[int]:
+    """When it was tried, in seconds since the start."""
+    return [round((now - START_MS) / 1000) for now in names_of(app)["tries"]]
+
+
+@pytest.mark.parametrize("path", ["m:write", "m:fetch"])
+async def test_a_job_with_retries_is_tried_again_after_longer_and_longer(tmp_path: Path, path: str) -> None:
+    async with open_app(tmp_path, FAILS) as app:
+        await later(app, path)
+        await app.turn(0)
+        (job,) = await app.call("m:jobs")
+        assert (job.state, job.attempts, "failure 1" in job.error) == ("pending", 1, True)
+        assert (await app.call("m:keys"), app.jobs_finished) == ([], [])
+        await app.turn(60)
+        (job,) = await app.call("m:jobs")
+        assert (job.state, job.attempts, job.error) == ("succeeded", 3, None)
+        assert tries_of(app) == [0, 1, 3]
+        assert (await app.call("m:keys"), app.jobs_finished) == (["written"], [(path, "succeeded")])
+
+
+async def test_a_job_that_fails_to_the_last_has_failed(tmp_path: Path) -> None:
+    async with open_app(tmp_path, FAILS) as app:
+        await later(app, "m:give_up")
+        await app.turn(3_600)
+        job = (await app.call("m:jobs"))[-1]
+        assert (job.state, job.attempts, "failure 4" in job.error) == ("failed", 4, True)
+        assert tries_of(app) == [0, 1, 3, 7]
+        assert (await app.call("m:keys"), app.jobs_finished[-1]) == ([], ("m:write", "failed"))
+
+
+async def test_what_the_app_refuses_is_not_tried_again(tmp_path: Path) -> None:
+    async with open_app(tmp_path, FAILS) as app:
+        await later(app, "m:refuse")
+        await app.turn(60)
+        (job,) = await app.call("m:jobs")
+        assert (job.state, job.attempts, tries_of(app)) == ("failed", 1, [0])
+
+
+async def test_the_retries_of_a_job_are_at_most_an_hour_apart(tmp_path: Path) -> None:
+    async with open_app(tmp_path, FAILS.replace("retries=3", "retries=20")) as app:
+        await later(app, "m:give_up")
+        await app.turn(20 * 3_600)
+        tries = tries_of(app)
+        assert len(tries) == 21
+        assert [after - before for before, after in pairwise(tries)][10:] == [1_024, 2_048, *[3_600] * 8]
+
+
+async def test_a_job_may_be_cancelled_between_two_attempts(tmp_path: Path) -> None:
+    async with open_app(
+        tmp_path, FAILS + "\n@mutation\nasync def cancel(ctx, id: str): await ctx.scheduler.cancel(id)\n"
+    ) as app:
+        await later(app, "m:write")
+        await app.turn(1.5)
+        (job,) = await app.call("m:jobs")
+        await app.call("m:cancel", id=job.id)
+        await app.turn(60)
+        (job,) = await app.call("m:jobs")
+        assert (job.state, job.attempts, tries_of(app)) == ("cancelled", 2, [0, 1])
+
+
+async def test_retries_outlive_the_server_and_count_an_action_that_it_interrupted(tmp_path: Path) -> None:
+    clock, functions = ManualClock(), ACTIONS.replace("@action(internal=True)", "@action(internal=True, retries=1)")
+    for attempts, state in ((1, "running"), (2, "running")):
+        async with open_app(tmp_path, functions, clock=clock) as app:
+            if attempts == 1:
+                await later(app, "m:act")
+            else:
+                assert [(job.state, job.error) for job in await app.call("m:jobs")] == [
+                    ("pending", "the server stopped while it ran")
+                ]
+                app.clock.advance(1.01)
+            await until(app, "began")
+            (job,) = await app.call("m:jobs")
+            assert (job.state, job.attempts) == (state, attempts)
+    async with open_app(tmp_path, clock=clock) as app:
+        await app.turn(3_600)
+        (job,) = await app.call("m:jobs")
+        assert (job.state, job.attempts, names_of(app)["runs"]) == ("failed", 2, [])
+
+
+# -- cancelled while it runs
+
+
+CANCELLING = (
+    ACTIONS
+    + """
+@action(internal=True)
+async def tidy(ctx) -> None:
+    try:
+        await ctx.run_mutation(add)
+        runs.append("began")
+        await go_on.wait()
+        runs.append("went on")
+    finally:
+        runs.append("tidied up")
+
+@action(internal=True)
+async def stubborn(ctx) -> None:
+    runs.append("began")
+    try:
+        await go_on.wait()
+    except asyncio.CancelledError:
+        runs.append("ended all the same")
+
+@mutation
+async def cancel(ctx, id: str, fail: bool = False) -> None:
+    await ctx.scheduler.cancel(id)
+    if fail:
+        raise ValueError("after all not")
+
+@action(internal=True)
+async def cancel_itself(ctx) -> None:
+    (job,) = await ctx.run_query(jobs)
+    await ctx.scheduler.cancel(job.id)
+    await go_on.wait()
+"""
+)
+
+
+async def begin(app: OpenApp, path: str) -> str:
+    """The id of a job that runs."""
+    await later(app, path)
+    await until(app, "began")
+    (job,) = await app.call("m:jobs")
+    assert (job.state, job.attempts) == ("running", 1)
+    return str(job.id)
+
+
+async def test_cancelling_a_job_stops_its_action(tmp_path: Path) -> None:
+    limits = msgspec.structs.replace(UNHURRIED, scheduler_batch_count=1)
+    async with open_app(tmp_path, CANCELLING, limits=limits) as app:
+        await app.call("m:cancel", id=await begin(app, "m:tidy"))
+        await app.idle()
+        (job,) = await app.call("m:jobs")
+        assert (job.state, job.error, job.finished_at is not None) == ("cancelled", None, True)
+        assert names_of(app)["runs"] == ["began", "tidied up"]
+        assert await app.call("m:keys") == ["k"], "what it did before stays"
+        await later(app, "m:add")  # its place is free again
+        await app.turn(1)
+        assert await states(app) == ["cancelled", "succeeded"]
+
+
+async def test_a_cancellation_that_is_rolled_back_stops_nothing(tmp_path: Path) -> None:
+    async with open_app(tmp_path, CANCELLING) as app:
+        await app.failure("m:cancel", id=await begin(app, "m:tidy"), fail=True)
+        names_of(app)["go_on"].set()
+        await app.idle()
+        assert await states(app) == ["succeeded"]
+        assert names_of(app)["runs"] == ["began", "went on", "tidied up"]
+
+
+async def test_an_action_that_ends_well_although_it_was_cancelled_stays_cancelled(tmp_path: Path) -> None:
+    async with open_app(tmp_path, CANCELLING) as app:
+        await app.call("m:cancel", id=await begin(app, "m:stubborn"))
+        await app.idle()
+        assert await states(app) == ["cancelled"]
+        assert names_of(app)["runs"] == ["began", "ended all the same"]
+
+
+async def test_an_action_may_cancel_its_own_job(tmp_path: Path) -> None:
+    async with open_app(tmp_path, CANCELLING) as app:
+        await later(app, "m:cancel_itself")
+        await app.idle()
+        assert await states(app) == ["cancelled"]
+
+
+async def test_a_job_that_was_cancelled_while_it_ran_stays_so_over_a_restart(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with open_app(
+        tmp_path, CANCELLING.replace("@action(internal=True)", "@action(retries=5)"), clock=clock
+    ) as app:
+        await app.call("m:cancel", id=await begin(app, "m:tidy"))
+        app.engine.abandon()
+    async with open_app(tmp_path, clock=clock) as app:
+        await app.turn(60)
+        assert (await states(app), names_of(app)["runs"]) == (["cancelled"], [])
+
+
+# -- room
+
+
 async def test_jobs_wait_while_there_is_no_room_and_run_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_app(tmp_path, BASE) as app:
         await later(app, "m:add", delay=1_000)
@@ -310,6 +526,24 @@ async def test_jobs_that_ended_are_kept_for_a_week(tmp_path: Path) -> None:
         await app.turn(86_400 * 0.2)
         assert await states(app) == ["pending"]
         assert not app.engine.failed.done()
+
+
+async def test_more_old_jobs_than_one_sweep_deletes_go_soon_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.functions.scheduler._SWEEP_COUNT", 3)
+    clock = ManualClock()
+    async with open_app(tmp_path, BASE, clock=clock) as app:
+        await later(app, "m:add", count=10)
+        await app.turn(1)
+    clock.advance(8 * 86_400)
+    async with open_app(tmp_path, clock=clock) as app:
+        await app.turn(600)
+        assert len(await states(app)) == 7
+        await app.turn(1)
+        assert len(await states(app)) == 4
+        await app.turn(2)
+        assert await states(app) == []
 
 
 async def test_a_clock_that_is_set_forward_runs_what_is_due_once(tmp_path: Path) -> None:

@@ -197,6 +197,64 @@ async def test_functions_may_look_at_jobs_and_subscribers_see_them_change(tmp_pa
         assert (await next_state())[1] == "succeeded"
 
 
+ERRANDS_SCHEMA = """
+from engine import Id, ScheduledJob, Table, unique
+
+class Item(Table, name="items"):
+    key: str
+
+class Errand(Table, name="errands"):
+    name: str
+    job_id: Id["ScheduledJob"]
+    by_name = unique("name")
+"""
+ERRANDS = """
+@mutation
+async def run(ctx, name: str) -> None:
+    if name == "bad":
+        raise AppError("no")
+
+@mutation
+async def begin(ctx: MutationCtx, name: str) -> Id[ScheduledJob]:
+    job_id = await ctx.scheduler.run_after(1_000, run, name=name)
+    await ctx.db.insert(Errand(name=name, job_id=job_id))
+    return job_id
+
+@query
+async def state(ctx: QueryCtx, name: str) -> str | None:
+    errand = await ctx.db.query(Errand.by_name, name=name).unique()
+    job = errand and await ctx.db.get(errand.job_id)
+    return job and f"{job.state} after {job.attempts}"
+
+@query
+async def failed(ctx: QueryCtx) -> list[str]:
+    return [job.path async for job in ctx.db.query(ScheduledJob.by_state_due, state="failed")]
+
+@mutation
+async def meddle(ctx, id: Id[ScheduledJob]) -> None:
+    await ctx.db.patch(id, state="succeeded")
+"""
+
+
+async def test_documents_may_hold_ids_of_jobs_and_what_becomes_of_a_job_is_pushed(tmp_path: Path) -> None:
+    async with open_app(tmp_path, ERRANDS, schema=ERRANDS_SCHEMA) as app:
+        for name in ("good", "bad"):
+            await app.call("m:begin", name=name)
+        async with app.watched("m:state", name="good") as good, app.watched("m:failed") as failed:
+            assert await app.call("m:state", name="good") == "pending after 0"
+            await app.turn(2)
+            assert await anext(good) == "succeeded after 1"
+            assert await anext(failed) == ["m:run"]
+        assert await app.call("m:state", name="bad") == "failed after 1"
+
+
+async def test_only_the_scheduler_changes_jobs(tmp_path: Path) -> None:
+    async with open_app(tmp_path, ERRANDS, schema=ERRANDS_SCHEMA) as app:
+        job_id = await app.call("m:begin", name="good")
+        with pytest.raises(FunctionMisuse, match="_scheduled_jobs is the engine's own table"):
+            await app.call("m:meddle", id=job_id)
+
+
 @pytest.mark.slow
 async def test_many_jobs_of_one_mutation_run_in_the_order_of_their_times(tmp_path: Path) -> None:
     functions = (

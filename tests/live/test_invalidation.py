@@ -7,30 +7,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine import Limits, Table, index
+from engine import Limits, Table, aggregate, index
 from engine.live.invalidation import InvalidationIndex
 from engine.ranges import IndexRange, OrderKey, after, before, key_prefix
-from engine.schema import compile_schema
-from engine.transaction.read_set import ReadSet
+from engine.schema import DeletedAt, compile_schema
+from engine.transaction.read_set import CellEntry, ReadSet
 from engine.transaction.write_set import Write
 
 
 class Thing(Table, name="things"):
     a: int | None
     b: str
+    deleted_at: DeletedAt = None
     by_a_b = index("a", "b")
     by_b = index("b")
+    cells_b = aggregate("b", sum=("a",))
+    cells = aggregate(sum=("a",))
 
 
 THINGS = compile_schema([Thing], Limits()).tables_by_name["things"]
-INDEXES = {name: THINGS.indexes_by_name[name] for name in ("by_a_b", "by_b", "by_creation_time")}
+INDEXES = {
+    index.name: index for index in (*THINGS.indexes_by_name.values(), *THINGS.indexes_with_deleted.values())
+}  # those that leave deleted documents out, and those that hold them
 
 numbers, texts, ticks = st.sampled_from([None, 0, 1, 2]), st.sampled_from(["", "x", "y"]), st.integers(1, 4)
 
 
 @st.composite
 def prefixes(draw: st.DrawFn, name: str) -> OrderKey:
-    columns = {"by_a_b": [numbers, texts, ticks], "by_b": [texts, ticks], "by_creation_time": [ticks]}[name]
+    columns_by_name = {"by_a_b": [numbers, texts, ticks], "by_b": [texts, ticks], "by_creation_time": [ticks]}
+    columns = columns_by_name[INDEXES[name].declared_name]
     return key_prefix([draw(column) for column in columns[: draw(st.integers(0, len(columns)))]])
 
 
@@ -45,25 +51,34 @@ def ranges(draw: st.DrawFn) -> IndexRange:
 
 
 @st.composite
+def cell_entries(draw: st.DrawFn) -> CellEntry:
+    name, columns = draw(st.sampled_from([("cells_b", [texts]), ("cells", [])]))
+    key = key_prefix([draw(column) for column in columns])
+    return CellEntry("things", name, key, draw(st.sampled_from([None, "a"])))
+
+
+@st.composite
 def read_sets(draw: st.DrawFn) -> ReadSet:
     read_set = ReadSet(100)
     for index_range in draw(st.lists(ranges(), max_size=3)):
         read_set.add_range(index_range)
     for index_range in draw(st.lists(ranges(), max_size=3)):
         read_set.add_key_range(index_range)
+    for entry in draw(st.lists(cell_entries(), max_size=3)):
+        read_set.add_cell(entry)
     for document_id in draw(st.lists(st.sampled_from(["1", "2", "3"]), max_size=2)):
         read_set.add_document("things", document_id)
     return read_set
 
 
-def thing(tick: int, a: int | None, b: str) -> Thing:
-    return Thing(id=str(tick), creation_time=tick / 4096, a=a, b=b)
+def thing(tick: int, a: int | None, b: str, deleted_at: float | None = None) -> Thing:
+    return Thing(id=str(tick), creation_time=tick / 4096, a=a, b=b, deleted_at=deleted_at)
 
 
 @st.composite
 def changes(draw: st.DrawFn) -> Write:
     tick = draw(ticks)
-    documents = st.builds(thing, st.just(tick), numbers, texts)
+    documents = st.builds(thing, st.just(tick), numbers, texts, st.sampled_from([None, None, 5.0]))
     old, new = draw(st.tuples(st.none() | documents, st.none() | documents).filter(any))
     return Write(THINGS, str(tick), old, new)
 
@@ -74,8 +89,18 @@ def is_affected(read_set: ReadSet, write: Write) -> bool:
         return True
 
     def holds(index_range: IndexRange, document: Any) -> bool:
-        return document is not None and index_range.holds(INDEXES[index_range.index].key_of(document))
+        index = INDEXES[index_range.index]
+        is_there = document is not None and (index.holds_deleted or document.deleted_at is None)
+        return is_there and index_range.holds(index.key_of(document))
 
+    def number(entry: CellEntry, document: Any) -> int:
+        """What the document gives to one number of a cell."""
+        is_there = document is not None and document.deleted_at is None
+        key = key_prefix([document.b] if entry.aggregate == "cells_b" else []) if is_there else None
+        return 0 if key != entry.key else 1 if entry.field is None else document.a or 0
+
+    if any(number(entry, write.old) != number(entry, write.new) for entry in read_set.cells):
+        return True
     return any(holds(r, write.old) or holds(r, write.new) for r in read_set.ranges) or any(
         holds(r, write.old) != holds(r, write.new) for r in read_set.key_ranges
     )
@@ -108,6 +133,7 @@ class FindsWhatWasRead(RuleBasedStateMachine):
         if not self.read_sets:
             assert not self.index._by_document
             assert not self.index._by_index
+            assert not self.index._by_cell
 
 
 @pytest.mark.slow
@@ -158,3 +184,17 @@ def test_a_write_looks_only_into_the_buckets_of_its_own_keys() -> None:
     buckets = index._by_index["things", "by_a_b"]._buckets_by_length
     assert {length: len(by_prefix) for length, by_prefix in buckets.items()} == {4: 10_000}
     assert index.affected([Write(THINGS, "1", None, thing(1, 77, "x"))]) == {77}
+
+
+def test_a_write_affects_only_the_numbers_of_a_cell_that_it_changes() -> None:
+    index: InvalidationIndex[str] = InvalidationIndex()
+    for name, field in (("count", None), ("sum", "a")):
+        for text in ("x", "y"):
+            read_set = ReadSet(1)
+            read_set.add_cell(CellEntry("things", "cells_b", key_prefix([text]), field))
+            index.put(f"{name} of {text}", read_set)
+    assert index.affected([Write(THINGS, "1", thing(1, 2, "x"), thing(1, 3, "x"))]) == {"sum of x"}
+    assert index.affected([Write(THINGS, "1", None, thing(1, None, "x"))]) == {"count of x"}
+    assert not index.affected([Write(THINGS, "1", thing(1, None, "x"), thing(1, 0, "x"))])
+    moved = index.affected([Write(THINGS, "1", thing(1, 2, "x"), thing(1, 2, "y"))])
+    assert moved == {"count of x", "count of y", "sum of x", "sum of y"}

@@ -1,7 +1,7 @@
 """An engine for server tests: `tests/sync/fakes.py` behind the doors, and a client that speaks over a real socket."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,6 +10,9 @@ from yarl import URL
 
 from engine.config import Config
 from engine.errors import AuthenticationFailed, RequestError
+from engine.functions.registry import Registry
+from engine.functions.requests import Request
+from engine.functions.routes import Route
 from engine.identity import Identity
 from engine.server.app import serving
 from engine.server.http import Kind
@@ -27,6 +30,7 @@ class ServedBackend(FakeBackend):
         self.kinds: dict[str, Kind] = {}
         self.asked: list[tuple[str, str, bytes, Identity | None, int | None]] = []
         self.asked_as_admin: list[bool] = []
+        self.registry = Registry(())
 
     async def authenticate(self, credential: Credential) -> FakeVerified:
         match credential:
@@ -70,6 +74,11 @@ class ServedBackend(FakeBackend):
 
     def function_kind(self, path: str, *, is_admin: bool = False) -> Kind | None:
         return self.kinds.get(path)
+
+    async def run_route(
+        self, route: Route, path_texts: Mapping[str, str], request: Request, identity: Identity | None
+    ) -> Any:
+        raise AssertionError("an app without routes is asked for none")
 
     def retain_snapshot(self) -> int:
         return self.ts

@@ -10,14 +10,21 @@ from aiohttp import web
 
 from engine.auth.development import DevelopmentIssuer
 from engine.auth.tokens import TokenVerifier
+from engine.events import Cause, Events, Reran
+from engine.observe.pushes import PushTrace
 from engine.server.development import development_routes
 from engine.testing import ManualClock
 
 
 @pytest.fixture
-async def address(issuer: DevelopmentIssuer) -> AsyncIterator[str]:
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+async def address(issuer: DevelopmentIssuer, events: Events) -> AsyncIterator[str]:
     app = web.Application()
-    app.add_routes(development_routes(issuer))
+    app.add_routes(development_routes(issuer, PushTrace(events)))
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -60,3 +67,23 @@ async def test_what_is_wrong_or_from_elsewhere_gets_none(
     answered, body = await ask(address, **options)
     assert (answered, body["code"]) == (status, code)
     assert "token" not in body
+
+
+async def test_why_queries_ran_again_can_be_asked_from_this_machine(address: str, events: Events) -> None:
+    events.emit(Reran("chat:list", b'{"room": "r"}', Cause(5, "chat:send", "messages/x", "keys of messages"), True))
+    async with aiohttp.ClientSession() as session, session.get(f"{address}/dev/pushes") as response:
+        assert await response.json() == [
+            {
+                "query": "chat:list",
+                "arguments": {"room": "r"},
+                "isChanged": True,
+                "ts": 5,
+                "function": "chat:send",
+                "write": "messages/x",
+                "read": "keys of messages",
+            }
+        ]
+    async with aiohttp.ClientSession() as session:
+        headers = {"Origin": "https://elsewhere.example", "Host": "elsewhere.example"}
+        async with session.get(f"{address}/dev/pushes", headers=headers) as response:
+            assert response.status == 403

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config import Config
-from engine.errors import EngineClosed, Overloaded
+from engine.errors import EngineClosed, Overloaded, RateLimited
 from engine.identity import Identity
 from engine.limits import Limits
 from engine.sync.backend import ActionOutcome, MutationOutcome
@@ -120,6 +120,13 @@ async def test_what_is_not_the_functions_fault_has_a_status_of_its_own(
     got, answer = await server.post("/api/query", {"path": "chat:list"})
     assert (got, answer["code"]) == (status, code)
     assert "secret" not in answer["message"]
+
+
+async def test_who_asks_too_often_is_told_when_to_come_back(engine: FakeEngine, server: Served) -> None:
+    engine.backend.outcomes["chat:list"] = RateLimited("chat:send", count=5, per_ms=10_000, retry_after_ms=1_001)
+    async with server.session.post(server.url("/api/query"), data=b'{"path": "chat:list"}') as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "2")
+        assert (await response.json())["code"] == "RateLimited"
 
 
 @pytest.mark.parametrize(("code", "status"), [("Overloaded", 503), ("StorageFull", 503), ("InternalError", 500)])

@@ -27,12 +27,14 @@ def test_this_machine_needs_none(host: str) -> None:
     check_exposure(Config(host=host))
 
 
-def test_a_public_address_without_origins_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    check_exposure(Config(host="0.0.0.0", admin_key_digests=(DIGEST,), allowed_origins=("https://app.example",)))
+def test_what_a_public_server_should_have_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    origins, url = ("https://app.example",), "https://api.example"
+    check_exposure(Config(host="0.0.0.0", admin_key_digests=(DIGEST,), allowed_origins=origins, public_url=url))
     assert caplog.messages == []
     check_exposure(Config(host="0.0.0.0", admin_key_digests=(DIGEST,)))
-    assert len(caplog.messages) == 1
+    assert len(caplog.messages) == 2
     assert "allowed_origins" in caplog.messages[0]
+    assert "public_url" in caplog.messages[1]
 
 
 def test_a_database_that_is_open_elsewhere_is_refused(tmp_path: Path) -> None:

@@ -321,6 +321,28 @@ async def test_nothing_is_left_behind_by_clients_that_vanish(engine: FakeEngine,
     assert engine.clock.seconds_to_next_timer is None
 
 
+@pytest.mark.parametrize(("code", "told"), [(1000, 1000), (1001, 1001), (4_000, 4_000)])
+async def test_the_code_that_a_client_closes_with_is_told(
+    engine: FakeEngine, server: Served, code: int, told: int
+) -> None:
+    async with server.connected() as sync:
+        await subscribe(sync)
+        await sync.socket.close(code=code)
+    await until(lambda: len(engine.backend.connections) == 2)
+    assert engine.backend.connections == [(SESSION_ID, "connected"), (SESSION_ID, told)]
+
+
+async def test_a_client_that_vanishes_leaves_no_code(engine: FakeEngine, server: Served) -> None:
+    raw = RawClient(server.address)
+    await raw.open()
+    await raw.say(connect())
+    await raw.say(query_set(0, add(0, "chat:list")))
+    assert b'"Transition"' in await raw.receive()
+    raw.close()
+    await until(lambda: len(engine.backend.connections) == 2)
+    assert engine.backend.connections == [(SESSION_ID, "connected"), (SESSION_ID, None)]
+
+
 # -- bounds and the end ------------------------------------------------------------------------------------------------
 
 

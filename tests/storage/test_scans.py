@@ -1,5 +1,6 @@
 """A scan gives what sorting all documents in Python by their order keys would give, and walks an index for it."""
 
+import re
 from collections.abc import Iterator
 from math import inf
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from engine.ids import creation_time_of, make_id
 from engine.limits import Limits
 from engine.ranges import BY_CREATION_TIME, IndexRange, OrderKey, after, before, key_prefix
-from engine.schema import IndexSchema, Table, compile_schema, index
+from engine.schema import DeletedAt, IndexSchema, Table, compile_schema, index
 from engine.storage import ddl, scans
 from engine.storage.connections import TEMPORARY, Database
 from engine.storage.rows import RowCodec
@@ -37,9 +38,25 @@ class Thing(Table, name="things"):
     by_much = index("number", "label", "ratio", "mixed", "flag")
 
 
+class Kept(Thing, name="kept"):
+    """The same where deleted documents stay."""
+
+    deleted_at: DeletedAt = None
+
+
 class Store(NamedTuple):
     database: Database
     codec: RowCodec[Thing]
+
+    @property
+    def name(self) -> str:
+        return self.codec.table.name
+
+    @property
+    def indexes(self) -> list[IndexSchema]:
+        """Those of the documents that are there, and those with deleted ones."""
+        table = self.codec.table
+        return [*table.indexes_by_name.values(), *table.indexes_with_deleted.values()]
 
     def insert(self, document: Thing, number: int) -> Thing:
         """Store it as the number-th document ever."""
@@ -52,12 +69,17 @@ class Store(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    schema = compile_schema([Thing], Limits())
+def stores() -> Iterator[list[Store]]:
+    schema = compile_schema([Thing, Kept], Limits())
     database = Database.open(TEMPORARY, Limits())
     ddl.apply_schema(database.writer, schema)
-    yield Store(database, RowCodec(schema.table_of(Thing)))
+    yield [Store(database, RowCodec(schema.table_of(table))) for table in (Thing, Kept)]
     database.close()
+
+
+@pytest.fixture
+def store(stores: list[Store]) -> Store:
+    return stores[0]
 
 
 # few values, so that many keys share a prefix; the neighbours of each kind, so that its borders are met
@@ -81,6 +103,17 @@ things = st.builds(
 )
 
 
+def documents_of(data: st.DataObject, store: Store, things: list[Thing]) -> list[Thing]:
+    """The same documents for this table; where deleted ones stay, some of them are."""
+    if store.codec.table.deleted_field is None:
+        return things
+    return [
+        Kept(**{name: getattr(thing, name) for name in Thing.__struct_fields__}, deleted_at=deleted_at)
+        for thing in things
+        for deleted_at in (data.draw(st.sampled_from([None, 5.0])),)
+    ]
+
+
 @st.composite
 def cuts(draw: st.DrawFn, index: IndexSchema, documents: list[Thing]) -> OrderKey:
     """A place between keys: near a document, or made of any values whatever the columns hold."""
@@ -97,43 +130,49 @@ def plan_of(store: Store, statement: scans.Statement) -> list[str]:
     return [row[3] for row in rows]
 
 
-def assert_walks_index(plan: list[str], index: IndexSchema, statement: scans.Statement) -> None:
+def assert_walks_index(plan: list[str], name: str, index: IndexSchema, statement: scans.Statement) -> None:
     """No sort, no scan of the table; a look-up wherever the segment has anything to look up."""
-    walk = "SEARCH" if " WHERE " in statement.sql else "SCAN"
-    for step in plan:
-        assert "TEMP B-TREE" not in step
-        if "things" in step:
-            assert step.startswith(f"{walk} things")
-            if index.name != BY_CREATION_TIME:
-                assert f"INDEX things.{index.name}" in step
-            elif walk == "SEARCH":
-                assert "INTEGER PRIMARY KEY" in step
+    looked_up = re.sub('"deleted_at" IS (NOT )?NULL( AND )?', "", statement.sql)
+    walk = "SEARCH" if re.search(" WHERE [^ ]", looked_up) else "SCAN"
+    steps = [step for step in plan if name in step]
+    for step in steps:
+        assert step.startswith(f"{walk} {name}")
+        if index.declared_name != BY_CREATION_TIME or (index.deleted_field and not index.holds_deleted):
+            assert f"INDEX {name}.{index.declared_name}" in step
+        elif walk == "SEARCH":
+            assert "INTEGER PRIMARY KEY" in step
+    assert not any("TEMP B-TREE" in step for step in plan)
+    # both parts of the index, merged
+    assert len(steps) == (2 if index.holds_deleted and index.declared_name != BY_CREATION_TIME else 1)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(data=st.data(), documents=st.lists(things, max_size=12), descending=st.booleans(), limit=st.integers(0, 15))
 def test_a_scan_is_the_sorted_documents_of_its_range_and_walks_its_index(
-    store: Store, data: st.DataObject, documents: list[Thing], descending: bool, limit: int
+    stores: list[Store], data: st.DataObject, documents: list[Thing], descending: bool, limit: int
 ) -> None:
+    store = data.draw(st.sampled_from(stores))
     writer, table = store.database.writer, store.codec.table
-    index = table.indexes_by_name[data.draw(st.sampled_from(sorted(table.indexes_by_name)))]
+    index = data.draw(st.sampled_from(store.indexes))
+    documents = documents_of(data, store, documents)
     writer.begin()
     try:
         stored = [store.insert(document, number) for number, document in enumerate(documents, 1)]
         cut_strategy = cuts(index, stored)
-        index_range = IndexRange("things", index.name, data.draw(cut_strategy), data.draw(cut_strategy))
+        index_range = IndexRange(table.name, index.name, data.draw(cut_strategy), data.draw(cut_strategy))
 
-        inside = [document for document in stored if index_range.holds(index.key_of(document))]
+        held = [document for document in stored if index.holds_deleted or not table.is_deleted(document)]
+        inside = [document for document in held if index_range.holds(index.key_of(document))]
         inside.sort(key=index.key_of, reverse=descending)
         rows = scans.fetch(writer, store.codec, index, index_range, descending=descending, limit=limit)
         assert [store.codec.decode(row) for row in rows] == inside[:limit]
         assert scans.count(writer, table, index, index_range, limit=limit) == len(inside[:limit])
 
         for statement in scans.fetch_statements(store.codec, index, index_range, descending=descending):
-            assert_walks_index(plan_of(store, statement), index, statement)
+            assert_walks_index(plan_of(store, statement), table.name, index, statement)
         for statement in scans.count_statements(table, index, index_range):
-            assert_walks_index(plan_of(store, statement), index, statement)
+            assert_walks_index(plan_of(store, statement), table.name, index, statement)
     finally:
         writer.rollback()
 
@@ -142,23 +181,26 @@ def test_a_scan_is_the_sorted_documents_of_its_range_and_walks_its_index(
 @settings(deadline=None, max_examples=100)
 @given(data=st.data(), documents=st.lists(things, min_size=1, max_size=8), descending=st.booleans())
 def test_reading_on_from_the_last_row_meets_every_document_once(
-    store: Store, data: st.DataObject, documents: list[Thing], descending: bool
+    stores: list[Store], data: st.DataObject, documents: list[Thing], descending: bool
 ) -> None:
+    store = data.draw(st.sampled_from(stores))
     writer, table = store.database.writer, store.codec.table
-    index = table.indexes_by_name[data.draw(st.sampled_from(sorted(table.indexes_by_name)))]
+    index = data.draw(st.sampled_from(store.indexes))
     writer.begin()
     try:
-        for number, document in enumerate(documents, 1):
-            store.insert(document, number)
-        rest = IndexRange("things", index.name, before(()), after(()))
+        stored = [
+            store.insert(document, number) for number, document in enumerate(documents_of(data, store, documents), 1)
+        ]
+        held = [document for document in stored if index.holds_deleted or not table.is_deleted(document)]
+        rest = IndexRange(table.name, index.name, before(()), after(()))
         seen: list[Thing] = []
         while rows := scans.fetch(writer, store.codec, index, rest, descending=descending, limit=3):
             seen += map(store.codec.decode, rows)
             last = index.key_of(seen[-1])[:-1]
             start, end = (rest.start, before(last)) if descending else (after(last), rest.end)
-            rest = IndexRange("things", index.name, start, end)
-        assert len(seen) == len(documents)
-        assert seen == sorted(seen, key=index.key_of, reverse=descending)
+            rest = IndexRange(table.name, index.name, start, end)
+        assert len(seen) == len(held)
+        assert seen == sorted(held, key=index.key_of, reverse=descending)
     finally:
         writer.rollback()
 
@@ -212,3 +254,20 @@ def test_a_value_of_another_kind_is_not_converted_to_match(store: Store) -> None
             assert scans.count(writer, table, table.indexes_by_name[name], index_range, limit=9) == 0
     finally:
         writer.rollback()
+
+
+def test_who_names_a_document_is_looked_up_by_id(stores: list[Store]) -> None:
+    for store in stores:
+        writer, table = store.database.writer, store.codec.table
+        writer.begin()
+        try:
+            made = [Thing(number=number) for number in (1, 2, 1, None)]
+            if table.deleted_field is not None:
+                made = [*[Kept(number=thing.number) for thing in made], Kept(number=1, deleted_at=5.0)]
+            ids = [store.insert(document, number).id for number, document in enumerate(made, 1)]
+            index, with_deleted = table.indexes_by_name["by_number"], table.indexes_with_deleted["by_number"]
+            assert scans.ids_under(writer, table, index, (1,), limit=9) == [ids[0], ids[2]]
+            assert scans.ids_under(writer, table, index, (1,), limit=1) == [ids[0]]
+            assert sorted(scans.ids_under(writer, table, with_deleted, (1,), limit=9)) == [ids[0], ids[2], *ids[4:]]
+        finally:
+            writer.rollback()

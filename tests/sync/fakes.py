@@ -108,6 +108,7 @@ class FakeBackend:
         self.started: list[str] = []  # paths of mutations and actions, in the order they were started
         self.recorded: dict[tuple[str, int], MutationOutcome] = {}
         self.seen: list[tuple[str, int]] = []
+        self.connections: list[tuple[str, int | str | None]] = []  # "connected", or the code that a client went with
 
     def show(self, path: str, value: Any, **more: Any) -> None:
         self.results[path] = FakeResult(json.dumps(value).encode(), **more)
@@ -181,6 +182,12 @@ class FakeBackend:
 
     async def authenticate(self, credential: Any) -> FakeVerified:
         raise AssertionError("a session leaves that to its door")
+
+    def session_connected(self, session_id: str) -> None:
+        self.connections.append((session_id, "connected"))
+
+    def session_gone(self, session_id: str, close_code: int | None) -> None:
+        self.connections.append((session_id, close_code))
 
     def client_saw(self, session_id: str, up_to_request_id: int) -> None:
         self.seen.append((session_id, up_to_request_id))

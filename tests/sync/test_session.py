@@ -799,3 +799,36 @@ def test_no_timer_is_left_behind(backend: FakeBackend) -> None:
     client.session.accept(FakeVerified(ALICE, clock.wall_ns() / 1e6 + 60_000))
     client.session.close(1000, "")
     assert clock.seconds_to_next_timer is None
+
+
+# -- who is connected --------------------------------------------------------------------------------------------------
+
+
+def test_the_backend_is_told_once_that_a_session_is_connected_and_once_that_it_is_gone(backend: FakeBackend) -> None:
+    client = FakeClient(backend)
+    assert backend.connections == []
+    client.say(connect(sessionId=SESSION_ID.upper()), query_set(0))
+    assert backend.connections == [(SESSION_ID, "connected")]
+    client.session.close(1011, "InternalServerError")
+    client.session.peer_closed(1001)
+    client.session.close(1000, "")
+    assert backend.connections == [(SESSION_ID, "connected"), (SESSION_ID, None)]
+
+
+def test_the_backend_is_told_the_code_that_a_client_closes_with(backend: FakeBackend) -> None:
+    client = subscribed(backend)
+    client.session.peer_closed(1001)
+    assert backend.connections[-1] == (SESSION_ID, 1001)
+    assert client.session.closing is not None
+
+
+def test_a_connection_that_ends_before_it_has_a_session_is_none_of_it(backend: FakeBackend) -> None:
+    FakeClient(backend).session.peer_closed(1001)
+    FakeClient(backend).say({"type": "Event"})
+    assert backend.connections == []
+
+
+def test_a_session_that_is_refused_at_once_was_connected_and_is_gone(backend: FakeBackend) -> None:
+    client = FakeClient(backend)
+    client.say(connect(maxObservedTimestamp=encode_timestamp(2_000)))
+    assert backend.connections == [(SESSION_ID, "connected"), (SESSION_ID, None)]

@@ -19,8 +19,9 @@ from engine.storage.rows import RowCodec
 from engine.testing import ManualClock
 from engine.transaction.committer import Committer, Execution, Group, Settled, Submission
 from engine.transaction.ledger import Ledger, LedgerKey
+from engine.transaction.reading import Catalog
 from engine.transaction.snapshots import Snapshots
-from engine.transaction.transaction import Catalog, WriteTransaction
+from engine.transaction.transaction import WriteTransaction
 from tests.small_engine import SECONDS_MAX, small_engine
 
 UNHURRIED_MS = 10_000  # a group ends when nobody waits, however busy the machine is

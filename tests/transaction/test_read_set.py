@@ -2,7 +2,8 @@ import pytest
 
 from engine.errors import LimitExceeded
 from engine.ranges import IndexRange, after, before, key_prefix
-from engine.transaction.read_set import ReadSet
+from engine.transaction.read_set import CellEntry, ReadSet, SearchRead
+from engine.values.words import terms_of
 
 
 def range_of(text: str) -> IndexRange:
@@ -54,3 +55,29 @@ def test_read_sets_are_equal_when_the_same_writes_touch_them() -> None:
     assert not one.equals(other)
     one.add_range(range_of("b"))
     assert not one.equals(other)
+
+
+def test_searches_are_bounded_with_ranges_and_compared_like_them() -> None:
+    def searched(*texts: str) -> ReadSet:
+        read_set = ReadSet(2)
+        for text in texts:
+            read_set.add_search(SearchRead("things", "search", (("kind", "a"),), terms_of(text)))
+        return read_set
+
+    assert searched("goal oka").equals(searched("GOAL, oka"))
+    assert not searched("goal").equals(searched("goal", "oka"))
+    read_set = searched("goal")
+    read_set.merge(searched("oka"))
+    assert read_set.equals(searched("goal", "oka"))
+    with pytest.raises(LimitExceeded, match="3 used, 2 allowed"):
+        read_set.add_range(range_of("a"))
+
+
+def test_each_number_of_a_cell_is_a_dependency_of_its_own() -> None:
+    count, total = (CellEntry("things", "by_kind", key_prefix(["a"]), field) for field in (None, "seconds"))
+    one, other = ReadSet(1), ReadSet(1)
+    one.add_cell(count)
+    other.add_cell(total)
+    assert not one.equals(other)
+    one.merge(other)
+    assert one.cells == {count, total}

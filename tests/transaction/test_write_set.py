@@ -48,15 +48,6 @@ def test_documents_of_two_tables_are_two_though_they_have_one_id() -> None:
     assert len(write_set) == 2
 
 
-def test_a_copy_is_not_changed_by_what_is_written_after() -> None:
-    write_set = WriteSet()
-    write_set.add(write("a", None, Thing(name="x")))
-    copy = write_set.copy()
-    write_set.add(write("b", None, Thing(name="y")))
-    write_set.add(write("a", Thing(name="x"), None))
-    assert list(copy) == [write("a", None, Thing(name="x"))]
-
-
 @given(st.lists(st.lists(st.tuples(st.sampled_from(NAMES), STATES), max_size=6), max_size=4))
 def test_a_group_changes_what_its_mutations_one_after_another_change(
     mutations: list[list[tuple[str, Thing | None]]],

@@ -5,7 +5,7 @@ A *board* keeps the tests apart: each test writes to boards of its own, so they 
 
 from typing import Any
 
-from engine import Int64, Table, index, unique
+from engine import Id, Int64, StoredFile, Table, index, unique
 
 
 class Note(Table, name="notes"):
@@ -23,6 +23,14 @@ class Entry(Table, name="entries"):
     board: str
     number: float
     by_number = unique("board", "number")
+
+
+class Picture(Table, name="pictures"):
+    """An uploaded file on a board."""
+
+    board: str
+    file: Id[StoredFile]
+    by_board = index("board")
 
 
 class Sample(Table, name="samples"):

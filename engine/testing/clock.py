@@ -1,25 +1,16 @@
-"""For tests of the engine and of apps: a clock that is turned by hand, and an engine on a database that goes away.
-
-    clock = ManualClock()
-    async with open_test_engine(app=".", clock=clock) as engine:
-        await engine.mutation("presence:join", …)
-        clock.advance(180)
+"""Time that a test turns.
 
 Invariants
   1. No time passes by itself on a `ManualClock`; the same seed gives the same entropy.
   2. Timers fire in the order of their due times, ties in the order they were made, each at exactly its due time.
+  3. A timer of a `ProcessClock` fires only while the process lives.
 """
 
 import asyncio
 import heapq
-import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from engine.clock import seeded_random
-from engine.engine import Engine
 
 _NS_PER_SECOND = 1_000_000_000
 _START_MS = 1_790_812_800_000  # 2026-10-01 00:00 UTC
@@ -60,18 +51,35 @@ class ManualClock:
     def entropy(self, size_bytes: int) -> bytes:
         return self._random.randbytes(size_bytes)
 
-    def advance(self, seconds: float) -> None:
+    def advance(self, seconds: float = 0, *, minutes: float = 0, hours: float = 0, days: float = 0) -> None:
         """Let time pass: fire every timer that is due by then, those included that fired timers make.
 
-        What a timer wakes runs when the test next awaits.
+        What a timer wakes runs when the test next awaits, all at the end of that time; `TestEngine.advance` lets it run
+        in between.
         """
-        end_ns = self._elapsed_ns + round(seconds * _NS_PER_SECOND)
-        assert end_ns >= self._elapsed_ns, f"time passes forward: {seconds} s"
+        end_ns = self._elapsed_ns + span_ns(seconds, minutes, hours, days)
+        while self.fire_next(end_ns):
+            pass
+        self.reach(end_ns)
+
+    def fire_next(self, end_ns: int) -> bool:
+        """Let time pass to the next timer that is due by `end_ns`, and fire it; whether there is one."""
         while self._timers and self._timers[0][0] <= end_ns:
             due_ns, _, timer = heapq.heappop(self._timers)
-            self._elapsed_ns = due_ns
-            timer.fire()
-        self._elapsed_ns = end_ns
+            if not timer.is_cancelled:
+                self._elapsed_ns = due_ns
+                timer.fire()
+                return True
+        return False
+
+    def reach(self, end_ns: int) -> None:
+        """Let time pass in which no timer is due."""
+        self._elapsed_ns = max(self._elapsed_ns, end_ns)
+
+    @property
+    def elapsed_ns(self) -> int:
+        """The time since the start; `end_ns` is one like it."""
+        return self._elapsed_ns
 
     def set_wall(self, milliseconds: int) -> None:
         """Set the wall clock, as an operator or NTP may, also backwards; timers do not notice."""
@@ -85,6 +93,23 @@ class ManualClock:
         return (self._timers[0][0] - self._elapsed_ns) / _NS_PER_SECOND if self._timers else None
 
 
+class ProcessClock:
+    """The clock as one process sees it."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+        self.wall_ns, self.monotonic, self.sleep, self.entropy = (
+            clock.wall_ns,
+            clock.monotonic,
+            clock.sleep,
+            clock.entropy,
+        )
+        self.is_alive = True
+
+    def call_later(self, delay_seconds: float, callback: Callable[[], None]) -> "_Timer":
+        return self._clock.call_later(delay_seconds, lambda: callback() if self.is_alive else None)
+
+
 class _Timer:
     """A callback that a `ManualClock` will call, once."""
 
@@ -96,16 +121,11 @@ class _Timer:
         self.is_cancelled = True
 
     def fire(self) -> None:
-        if not self.is_cancelled:
-            self._callback()
+        self._callback()
 
 
-@asynccontextmanager
-async def open_test_engine(
-    app: str | Path = ".", *, clock: ManualClock | None = None, **options: Any
-) -> AsyncIterator[Engine]:
-    """An engine on a new database in a temporary directory; `options` are those of `Engine.open`."""
-    with tempfile.TemporaryDirectory(prefix="engine-test-") as directory:
-        database = Path(directory) / "engine.db"
-        async with Engine.open(app=app, database=database, clock=clock or ManualClock(), **options) as engine:
-            yield engine
+def span_ns(seconds: float, minutes: float, hours: float, days: float) -> int:
+    """A span of time that passes, in ns."""
+    span = round((seconds + 60 * (minutes + 60 * (hours + 24 * days))) * _NS_PER_SECOND)
+    assert span >= 0, f"time passes forward: {span / _NS_PER_SECOND} s"
+    return span
