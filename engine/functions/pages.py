@@ -24,7 +24,7 @@ from engine.ranges import IndexRange, OrderKey, after, before
 from engine.schema import IndexSchema, Table
 
 if TYPE_CHECKING:
-    from engine.functions.reader import Reading
+    from engine.functions.scan import Reading
 
 T = TypeVar("T")
 D = TypeVar("D", bound=Table)

@@ -1,0 +1,334 @@
+"""Ordered reads of index ranges, as functions build them.
+
+A scan is built (`query`, `order`, `filter`) and then ended (`take`, `first`, `unique`, `collect`, `count`, `async for`;
+`paginate` is in `pages.py`). Each end adds to the read set exactly the part of the index that it looked at.
+
+Invariants
+  1. The range in the read set ends at the last document that the run has seen, filtered out or not.
+  2. Every statement is finished before the function goes on; an `async for` sees what its body writes further on.
+  3. A document that a policy hides meets no predicate of the function, and is in no result.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from copy import copy
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import msgspec
+
+from engine.errors import FunctionMisuse, LimitExceeded, NotUnique
+from engine.functions.pages import Page, PaginationOptions, read_page
+from engine.functions.totals import RankedPage
+from engine.ids import Id
+from engine.ranges import IndexRange, after, before
+from engine.schema import IndexSchema, Table
+from engine.transaction.moments import MovingBound, MovingRead
+from engine.transaction.reading import ReadTransaction
+
+if TYPE_CHECKING:
+    from engine.functions.policies import Guard
+    from engine.functions.run import Run
+
+T = TypeVar("T", bound=Table)
+
+_FIRST_CHUNK, _CHUNK_MAX = 32, 1024
+_NOTHING: Mapping[str, Any] = {}
+
+
+class Scan(Generic[T]):
+    """An ordered read of one index range, not started yet. Each step gives a new scan."""
+
+    def __init__(
+        self,
+        transaction: ReadTransaction,
+        run: "Run",
+        document_type: type[T],
+        index: IndexSchema,
+        index_range: IndexRange,
+        *,
+        descending: bool = False,
+        filters: tuple[Callable[[T], bool], ...] = (),
+        moving: tuple[MovingBound, ...] = (),
+        equal: Mapping[str, Any] = _NOTHING,
+        guard: "Guard | None" = None,
+    ) -> None:
+        self._transaction, self._run, self._moving = transaction, run, moving
+        self._document_type, self._index, self._range = document_type, index, index_range
+        self._descending, self._equal, self._guard = descending, equal, guard
+        self._predicates = filters  # those of the function
+        if guard is None:
+            self._filters = filters
+
+    @cached_property
+    def _filters(self) -> tuple[Callable[[T], bool], ...]:  # of a scan that a policy restricts
+        assert self._guard is not None
+        if self._verdict:
+            return self._predicates
+        return (self._guard.may_read, *self._predicates)  # what is hidden meets no predicate of the function
+
+    @cached_property
+    def _verdict(self) -> bool | None:
+        """Whether all of the range may be read, by the values that all of it has; None: each document is judged."""
+        if self._guard is None or not self._transaction.is_tracked:  # a mutation may change who may read
+            return None
+        return self._guard.reads_alike(self._range.table, self._equal)
+
+    def order(self, direction: Literal["asc", "desc"]) -> "Scan[T]":
+        """Read in index order, or backwards."""
+        if direction not in ("asc", "desc"):
+            raise FunctionMisuse(f'order: {direction!r} is no direction; "asc" and "desc" are.')
+        return self._with(descending=direction == "desc")
+
+    def with_deleted(self) -> "Scan[T]":
+        """Read deleted documents too, where their table keeps them: each stands where it would if it were there."""
+        table = self._transaction.catalog.of_type(self._document_type).table
+        if table.deleted_field is None:
+            raise FunctionMisuse(
+                f"with_deleted: {table.name} keeps no deleted documents; a field `deleted_at: DeletedAt = None` would."
+            )
+        index = table.indexes_with_deleted[self._index.declared_name]
+        scan = copy(self)
+        scan._index, scan._range = index, msgspec.structs.replace(self._range, index=index.name)
+        return scan
+
+    def filter(self, predicate: Callable[[T], bool]) -> "Scan[T]":
+        """Keep only documents for which the predicate is true. It costs a read for each one that it drops."""
+        return self._with(filters=(*self._predicates, predicate))
+
+    async def take(self, n: int) -> list[T]:
+        """The first `n` documents, or all if there are fewer."""
+        if type(n) is not int or n < 0:
+            raise FunctionMisuse(f"take: {n!r} documents; a whole number from 0 on can be taken.")
+        taken: list[T] = []
+        reading = self._start()
+        while len(taken) < n and not reading.is_exhausted:
+            if self._run.wants_pause:
+                await self._run.pause()
+            if not self._filters:
+                taken += reading.next_chunk(n - len(taken))
+            else:
+                document: T | None = None
+                try:
+                    for document in reading.next_chunk(max(n, _FIRST_CHUNK)):
+                        if self._keeps(document):
+                            taken.append(document)
+                            if len(taken) == n:
+                                return taken
+                finally:  # a predicate may raise
+                    if document is not None:
+                        reading.saw(document)
+        if len(taken) < n:
+            reading.saw_the_end()
+        elif taken:
+            reading.saw(taken[-1])
+        return taken
+
+    async def first(self) -> T | None:
+        """The first document, or None."""
+        taken = await self.take(1)
+        return taken[0] if taken else None
+
+    async def unique(self) -> T | None:
+        """The only document, or None. Raises NotUnique when there are two."""
+        taken = await self.take(2)
+        if len(taken) > 1:
+            raise NotUnique(
+                f"unique: two documents of {self._range.table} match in {self._index.name}: "
+                f"{taken[0].id} and {taken[1].id}. Use first() if any will do."
+            )
+        return taken[0] if taken else None
+
+    async def collect(self) -> list[T]:
+        """All documents of the range."""
+        if self._run.wants_pause:
+            await self._run.pause()
+        reading = self._start()
+        documents = reading.next_chunk(None)
+        reading.saw_the_end()  # before the predicates, which may raise
+        return [d for d in documents if self._keeps(d)] if self._filters else documents
+
+    async def count(self) -> int:
+        """How many documents there are. Without a filter it depends on keys only: other changes never re-run it."""
+        if self._verdict is False:
+            return 0
+        if self._filters:
+            return len(await self.collect())
+        if self._run.wants_pause:
+            await self._run.pause()
+        self._move_with_time(None)
+        return self._transaction.count(self._document_type, self._index, self._range)
+
+    async def rank(self, document: T | Id[T]) -> int | None:
+        """How many documents of this scan come before one, 0 for the first; None if it is not among them.
+
+        Of an index with `ranked=True`. A query depends on the keys up to that document: what comes after it, and what
+        changes beside the keys, never re-runs it.
+        """
+        self._check_ranked("rank")
+        if self._run.wants_pause:
+            await self._run.pause()
+        document_id = document.id if isinstance(document, Table) else document
+        return self._transaction.rank(
+            self._document_type, self._index, self._range, document_id, descending=self._descending
+        )
+
+    async def page(self, number: int, size: int, *, with_total: bool = False) -> RankedPage[T]:
+        """The page of this number, from 0 on, of an index with `ranked=True`; empty when there are not so many.
+
+        A query depends on the documents of the page and on the keys before it, with the total on all keys.
+        """
+        self._check_ranked("page")
+        for name, value, least in (("number", number, 0), ("size", size, 1)):
+            if type(value) is not int or value < least:
+                raise FunctionMisuse(f"page: {name}={value!r}; it is a whole number from {least} on.")
+        if self._run.wants_pause:
+            await self._run.pause()
+        transaction, source = self._transaction, (self._document_type, self._index, self._range)
+        page = transaction.slice(*source, descending=self._descending, skip=number * size, size=size)
+        total = transaction.count(*source) if with_total else None
+        return RankedPage(page=page, number=number, size=size, total=total)
+
+    def _check_ranked(self, what: str) -> None:
+        where = f"{what} {self._range.table}.{self._index.declared_name}"
+        if not self._index.is_ranked:
+            raise FunctionMisuse(f"{where}: places in it are not kept. Declare it as index(…, ranked=True).")
+        if self._filters:
+            raise FunctionMisuse(
+                f"{where}: places count every document, and a filter or a policy hides some. Index what it looks at, "
+                "or read with take(n)."
+            )
+
+    async def paginate(self, options: PaginationOptions) -> Page[T]:
+        """One page; a client that subscribes to it keeps the page's range, not its length."""
+        if self._run.wants_pause:
+            await self._run.pause()
+        journal = self._run.begin_page()
+        start, end = self._range.start, self._range.end
+        for bound in self._moving:  # a cursor outlives the moment
+            start, end = ((bound.name, bound.ago_ms), end) if bound.is_lower else (start, (bound.name, bound.ago_ms))
+        seal = self._run.cursor_seal(self._index.name, start, end, self._descending)
+        page = read_page(
+            options, journal, seal, self._index, self._range, self._start, self._keeps, descending=self._descending
+        )
+        self._run.end_page(page.continue_cursor)
+        return page
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        reading, size = self._start(), _FIRST_CHUNK
+        while not reading.is_exhausted:
+            if self._run.wants_pause:
+                await self._run.pause()
+            write_count = self._transaction.write_count
+            for document in reading.next_chunk(size):
+                reading.saw(document)
+                if self._keeps(document):
+                    yield document
+                if self._transaction.write_count != write_count:
+                    reading.go_on_after(document)  # what was fetched besides may have changed
+                    size = 1
+                    break
+            else:
+                size = min(size * 2, _CHUNK_MAX)
+        reading.saw_the_end()
+
+    def _keeps(self, document: T) -> bool:
+        for predicate in self._filters:  # noqa: SIM110 - for each document of a scan: `all` would make a generator
+            if not predicate(document):
+                return False
+        return True
+
+    def _start(self, index_range: IndexRange | None = None) -> "Reading[T]":
+        return Reading(
+            self._transaction,
+            self._document_type,
+            self._index,
+            index_range or self._range,
+            descending=self._descending,
+            moves_with_time=self._move_with_time if self._moving else None,
+        )
+
+    def _move_with_time(self, place: int | None) -> None:
+        """What this scan read, which is at this place of the read set, changes by time alone."""
+        if self._moving and self._transaction.is_tracked:
+            read = MovingRead(self._document_type, self._index, self._range, self._moving, place)
+            self._transaction.read_set.moving.append(read)
+
+    def _with(
+        self, *, descending: bool | None = None, filters: tuple[Callable[[T], bool], ...] | None = None
+    ) -> "Scan[T]":
+        return Scan(
+            self._transaction,
+            self._run,
+            self._document_type,
+            self._index,
+            self._range,
+            descending=self._descending if descending is None else descending,
+            filters=self._predicates if filters is None else filters,
+            moving=self._moving,
+            equal=self._equal,
+            guard=self._guard,
+        )
+
+
+class Reading(Generic[T]):
+    """A scan under way: reads on from where it was, and keeps its entry of the read set true (invariant 1)."""
+
+    def __init__(
+        self,
+        transaction: ReadTransaction,
+        document_type: type[T],
+        index: IndexSchema,
+        index_range: IndexRange,
+        *,
+        descending: bool,
+        moves_with_time: Callable[[int], None] | None = None,
+    ) -> None:
+        self._transaction, self._document_type, self._index = transaction, document_type, index
+        self._range, self._descending, self._moves_with_time = index_range, descending, moves_with_time
+        self._rest = index_range  # not read yet
+        self._read_set = transaction.read_set  # of the function that reads, not of one that it calls meanwhile
+        self._place: int | None = None  # in the read set
+        self.is_exhausted = False  # True once the end of the range was read
+        if not transaction.is_tracked:
+            self._read_set.add_range(index_range)  # counts against the limit; nobody asks what of it was read
+
+    def next_chunk(self, limit: int | None) -> list[T]:
+        """The next documents, at most `limit`; None for all. What of them was consumed is told by `saw`."""
+        try:
+            documents: list[T] = self._transaction.scan(
+                self._document_type, self._index, self._rest, descending=self._descending, limit=limit
+            )
+        except LimitExceeded:
+            self.saw_the_end()  # how much is there is why it fails
+            raise
+        if limit is None or len(documents) < limit:
+            self.is_exhausted = True
+        elif documents:
+            self.go_on_after(documents[-1])
+        return documents
+
+    def go_on_after(self, document: T) -> None:
+        """The next chunk begins after this document."""
+        key = self._index.key_of(document)[:-1]
+        whole = self._range
+        start, end = (whole.start, before(key)) if self._descending else (after(key), whole.end)
+        self._rest = IndexRange(whole.table, whole.index, start, end)
+        self.is_exhausted = False
+
+    def saw(self, document: T) -> None:
+        """The run has consumed the range up to this document."""
+        if self._transaction.is_tracked:
+            self._depend(self._range.cut_at(self._index.key_of(document), descending=self._descending))
+
+    def saw_the_end(self) -> None:
+        """The run knows that nothing more is there."""
+        if self._transaction.is_tracked:
+            self._depend(self._range)
+
+    def _depend(self, index_range: IndexRange) -> None:
+        if self._place is None:
+            self._place = self._read_set.add_range(index_range)
+            if self._moves_with_time is not None:
+                self._moves_with_time(self._place)
+        else:
+            self._read_set.replace_range(self._place, index_range)
