@@ -7,7 +7,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench.load import chat, memory, progress, writes
+from bench.load import chat, memory, presence, progress, writes
 from bench.load.figures import Figure, markdown_table, print_table
 from bench.load.stretches import Options
 
@@ -15,6 +15,7 @@ WORKLOADS: dict[str, Callable[[Options], Awaitable[list[Figure]]]] = {
     "chat": chat.run,
     "writes": writes.run,
     "progress": progress.run,
+    "presence": presence.run,
     "memory": memory.run,
 }
 REPRESENTATIVE = "chat"
@@ -24,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.load", description="Load over real sockets.")
     parser.add_argument("workload", nargs="*", choices=[*WORKLOADS, "all"], default=REPRESENTATIVE)
     parser.add_argument("--seconds", type=float, default=Options().seconds, help="of each measured stretch")
-    parser.add_argument("--users", type=int, default=Options().viewer_count, help="in chat, progress and memory")
+    parser.add_argument("--users", type=int, default=Options().viewer_count, help="in all but writes")
     parser.add_argument("--markdown", type=Path, help="also write the table there")
     arguments = parser.parse_args()
     asked = [arguments.workload] if isinstance(arguments.workload, str) else arguments.workload

@@ -1,10 +1,14 @@
 """1,000 different signed-in users watch one chat: 50 messages/s, then as many as are acknowledged.
 
+A message is hidden among the newest ones, so the policy of the chat looks at everybody: each has a query of their own
+behind the chat, which says whether they moderate it.
+
 Invariants
   1. A delivery is one Transition with a newer result at one viewer: it counts once, however many messages it brings.
      Its latency, from sending, is taken for each message that it brings.
   2. A stretch ends when every viewer has the newest message.
   3. The raw limit sends the bytes of the last delivery, from a process that does nothing else.
+  4. All share one run of the chat: there are no more runs than messages.
 """
 
 import asyncio
@@ -28,6 +32,7 @@ MESSAGES_PER_SECOND = 50
 _FILL_COUNT = 60  # messages before measuring: the result has its full 50
 _SETTLE_SECONDS_MAX = 30
 _SEED = 20
+_QUERY, _VIEWER = "chat:get_messages", "users:moderates_chat"
 
 
 class Reached(msgspec.Struct, frozen=True):
@@ -76,6 +81,11 @@ class Deliveries:
 
         return receive
 
+    @property
+    def sent_count(self) -> int:
+        """How many messages were sent so far."""
+        return len(self._sent_at)
+
     def next_number(self) -> int:
         """The number of the message that is sent now."""
         self._sent_at.append(time.perf_counter())
@@ -103,15 +113,21 @@ class Deliveries:
 
 async def run(options: Options) -> list[Figure]:
     tokens, deliveries = Tokens(), Deliveries(options.viewer_count)
-    async with engine_server(tokens) as server:
+    async with engine_server(tokens, "hidden_message:place") as server:
         crowd = Crowd(server.port)
         send = await _fill(server, crowd, tokens, deliveries, options)
+        if await server.run_count(_VIEWER) < options.viewer_count / 2:  # some run as a part of the chat
+            raise RuntimeError(f"{_VIEWER} has hardly run: the policy looks at nobody")
+        runs_before, sent_before = await server.run_count(_QUERY), deliveries.sent_count
         steady, saturated = await crowd.unless_lost(_stretches(server, deliveries, send, options))
+        run_count, sent_count = await server.run_count(_QUERY) - runs_before, deliveries.sent_count - sent_before
         crowd.close()
+    if run_count > sent_count:
+        raise RuntimeError(f"{_QUERY} ran {run_count:,} times for {sent_count:,} messages: it is not shared")
     raw_steady, raw_saturated = await _broadcast(deliveries.newest_frame, options)
-    size = Figure("chat, 50/s", "size of a delivery", len(deliveries.newest_frame), "B")
     return [
-        size,
+        Figure("chat, 50/s", "size of a delivery", len(deliveries.newest_frame), "B"),
+        Figure("chat", "runs of the query for a message", run_count / sent_count, ""),
         *_compare("chat, 50/s", steady, raw_steady),
         *_compare("chat, saturated", saturated, raw_saturated),
     ]
@@ -123,7 +139,7 @@ async def _fill(server: Server, crowd: Crowd, tokens: Tokens, deliveries: Delive
 
     async def prepare(client: Client) -> None:
         await client.mutate("users:store", {})
-        await client.watch("chat:get_messages", {"game_id": game_id})
+        await client.watch(_QUERY, {"game_id": game_id})
         client.on_result = deliveries.receiver()
 
     viewers = await crowd.join(subjects(options.viewer_count), tokens.sign, prepare)

@@ -1,8 +1,8 @@
 """The measured processes: starting them, what they use, stopping them.
 
-The engine under load is `python -m engine serve` on the demo app and the shipped defaults: its `engine.toml` names the
-bench's own identity provider, lets users chat as fast as the load has them, and nothing else. Everything lives in a
-temporary directory and goes with it.
+The engine under load is what `engine serve` runs (`served.py`), on the demo app and the shipped defaults: its
+`engine.toml` names the bench's own identity provider, lets users chat as fast as the load has them (each message is
+counted all the same), and nothing else. Everything lives in a temporary directory and goes with it.
 """
 
 import asyncio
@@ -19,10 +19,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import jwt
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jwt.algorithms import OKPAlgorithm
+
+from bench.load.served import RUNS_PATH
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ISSUER, AUDIENCE, _KEY_ID = "https://bench.example", "bench", "bench-1"
@@ -67,6 +70,13 @@ class Server:
     def database(self) -> Path:
         return self.directory / "bench.db"
 
+    async def run_count(self, path: str) -> int:
+        """How often a query of the engine has run."""
+        address = f"http://127.0.0.1:{self.port}{RUNS_PATH}"
+        async with aiohttp.ClientSession() as session, session.get(address) as response:
+            counts: dict[str, int] = await response.json()
+        return counts.get(path, 0)
+
     async def stop(self) -> None:
         """SIGTERM, then wait; does nothing when the process has ended."""
         if self._process.returncode is not None:
@@ -96,21 +106,24 @@ class Tokens:
 
 
 @asynccontextmanager
-async def engine_server(tokens: Tokens) -> AsyncIterator[Server]:
-    """`engine serve` on an app and a database of its own, filled with the demo data."""
+async def engine_server(tokens: Tokens, *mutations: str) -> AsyncIterator[Server]:
+    """An engine on an app and a database of its own, filled with the demo data, then by these mutations."""
     with tempfile.TemporaryDirectory(prefix="engine-bench-") as name:
         directory = Path(name)
         write_app(directory, tokens)
         place = ["--app", name, "--database", str(directory / "bench.db")]
         await _python("-m", "engine", "run", *place, "demo:seed", json.dumps({"issuer": ISSUER}))
-        async with listening(["-m", "engine", "serve", *place, "--host", "127.0.0.1", "--port"], directory) as server:
+        for mutation in mutations:
+            await _python("-m", "engine", "run", *place, mutation)
+        async with listening(["-m", "bench.load.served", name, str(directory / "bench.db")], directory) as server:
             yield server
 
 
 def write_app(directory: Path, tokens: Tokens) -> None:
-    """The demo app, with the bench as its only identity provider."""
+    """The demo app and a function of the bench, with the bench as its only identity provider."""
     shutil.copy(REPOSITORY / "schema.py", directory)
     shutil.copytree(REPOSITORY / "functions", directory / "functions", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).with_name("hidden_message.py"), directory / "functions")
     (directory / "jwks.json").write_text(json.dumps(tokens.jwks()))
     (directory / "engine.toml").write_text(
         f'[[auth.providers]]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\n'

@@ -16,17 +16,17 @@ _TICK_MAX = 1 << 62  # an infinite bound still fits SQLite
 
 def range_of(table: TableSchema, index: IndexSchema, equal: Mapping[str, Any], bounds: Mapping[str, Any]) -> IndexRange:
     """The range that `equal` and the bounds describe; clear errors for what an index cannot do."""
-    where = f"query {table.name}.{index.name}"
     fields = index.fields
     for name in equal:
         if name not in fields[: len(equal)]:
             raise FunctionMisuse(
-                f"{where}: {name!r} is not among the first {len(equal)} field(s) of the index "
+                f"query {table.name}.{index.name}: {name!r} is not among the first {len(equal)} field(s) of the index "
                 f"({', '.join(fields) or 'it has none'}). Fix its fields from the left, or declare another index."
             )
-    prefix = key_prefix([column_value(table, name, equal[name], where) for name in fields[: len(equal)]])
+    prefix = key_prefix([column_value(table, name, equal[name], "query", index.name) for name in fields[: len(equal)]])
     if not bounds:
         return IndexRange(table.name, index.name, before(prefix), after(prefix))
+    where = f"query {table.name}.{index.name}"
     if len(bounds) > 1 and ({"gt", "gte"} <= bounds.keys() or {"lt", "lte"} <= bounds.keys()):
         raise FunctionMisuse(f"{where}: two bounds of one side; give gt or gte, and lt or lte.")
     if len(equal) < len(fields):
@@ -34,7 +34,11 @@ def range_of(table: TableSchema, index: IndexSchema, equal: Mapping[str, Any], b
         is_int = table.fields_by_name[bounded_field].column.sqlite_type == "INTEGER"
         values = {
             name: column_value(
-                table, bounded_field, value.as_bound(name, is_int=is_int) if isinstance(value, Moment) else value, where
+                table,
+                bounded_field,
+                value.as_bound(name, is_int=is_int) if isinstance(value, Moment) else value,
+                "query",
+                index.name,
             )
             for name, value in bounds.items()
         }
@@ -60,7 +64,10 @@ def range_of(table: TableSchema, index: IndexSchema, equal: Mapping[str, Any], b
                 end = before(key)
             case _:
                 end = after(key)
-    return IndexRange(table.name, index.name, start, max(start, end))
+    if start > end:  # empty; a cursor outlives the moment: the side stays that does not move with time
+        is_lower_moving = any(isinstance(bounds.get(name), Moment) for name in ("gt", "gte"))
+        start, end = (end, end) if is_lower_moving else (start, start)
+    return IndexRange(table.name, index.name, start, end)
 
 
 def _tick_bound(name: str, creation_time_ms: Any, where: str) -> int:
@@ -70,12 +77,14 @@ def _tick_bound(name: str, creation_time_ms: Any, where: str) -> int:
     return math.floor(ticks) if name in ("gt", "lte") else math.ceil(ticks)
 
 
-def column_value(table: TableSchema, field_name: str, value: Any, where: str) -> Any:
+def column_value(table: TableSchema, field_name: str, value: Any, operation: str, source: str) -> Any:
+    """A value as the field's column has it. Raises InvalidDocument, naming what it is for: `query items.by_key`."""
     field = table.fields_by_name[field_name]
     if value is None:
         return None
     try:
         field.fit(value)
     except Mismatch as error:
+        where = f"{operation} {table.name}.{source}"
         raise InvalidDocument(f"{where}: {field_name}={value!r} cannot be in that field: {error}") from None
     return field.column.to_column(value)

@@ -53,7 +53,7 @@ class OnDisconnect(Table, name="_disconnects", system=True):
     call_digest: bytes  # equal for equal calls
     caller: str  # the token identifier; empty: nobody
     identity: str | None  # JSON, whole
-    by_session = unique("session_id", "call_digest")
+    by_session = unique("session_id", "caller", "call_digest")
     by_call = index("call_digest", "caller")
 
 
@@ -71,7 +71,7 @@ class MutationSession:
         row = self._row("on_disconnect", function, arguments)
         registered = self._registered(row)
         if registered is not None:
-            self._transaction.replace(registered.id, row)  # the newest identity; no write if nothing differs
+            self._transaction.replace(registered.id, row)  # the newest claims; no write if nothing differs
             return
         transaction = self._transaction
         count = transaction.count(*transaction.range_of(OnDisconnect, "by_session", row.session_id))
@@ -111,7 +111,7 @@ class MutationSession:
         )
 
     def _registered(self, row: OnDisconnect) -> OnDisconnect | None:
-        found = self._transaction.find(OnDisconnect, "by_session", row.session_id, row.call_digest)
+        found = self._transaction.find(OnDisconnect, "by_session", row.session_id, row.caller, row.call_digest)
         return found[0] if found else None
 
 

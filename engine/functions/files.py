@@ -14,6 +14,7 @@ Invariants
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -37,6 +38,8 @@ T = TypeVar("T")
 _THREAD_COUNT = 8
 _NAME_SIZE_BYTES = 16
 _CHUNK_SIZE_BYTES = 64 << 10
+_CONTENT_TYPE = re.compile(r"[!#$%&'*+.^_`|~\w-]+/[!#$%&'*+.^_`|~\w-]+([\t ]*;[\t -~]*)?", re.ASCII)
+_CONTENT_TYPE_LENGTH_MAX = 255
 _PURGE_COUNT = 100  # loose files removed between two commits
 _log = logging.getLogger("engine.files")
 
@@ -109,10 +112,11 @@ class Files:
     ) -> Id[StoredFile]:
         """Keep what comes as a file; durable on return. A failure leaves nothing.
 
-        Raises LimitExceeded, TimeoutError (it came too slowly), Overloaded, and InvalidArgument if it is not what
-        `sha256` (hexadecimal) says.
+        Raises LimitExceeded, TimeoutError (it came too slowly), Overloaded, and InvalidArgument for a content type that
+        is none, or if it is not what `sha256` (hexadecimal) says.
         """
         self._check_uploads()
+        _check_content_type(content_type)
         name = self._clock.entropy(_NAME_SIZE_BYTES).hex()
         self._under_way.add(name)
         is_stored = False
@@ -234,8 +238,21 @@ class Files:
         return [file for file in found if file.file not in self._under_way]
 
     async def _run(self, work: Callable[[], T]) -> T:
-        """Do what blocks on a thread (4)."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """Do what blocks on a thread (4). Whoever is cancelled waits for it: nothing goes on behind what comes next."""
+        working = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.wait((working,))
+            raise
+
+
+def _check_content_type(content_type: str | None) -> None:
+    """It will be a header: whoever is served the file shall not be told more by it than a type."""
+    if content_type is None:
+        return
+    if len(content_type) > _CONTENT_TYPE_LENGTH_MAX or _CONTENT_TYPE.fullmatch(content_type) is None:
+        raise InvalidArgument(f"Content-Type: {content_type[:80]!r} is not of the form type/subtype.")
 
 
 def _keep(transaction: WriteTransaction, file: StoredFile) -> Id[StoredFile]:

@@ -13,7 +13,7 @@ import msgspec
 
 from engine.errors import RegistryError, SchemaError
 from engine.functions.arguments import compile_signature
-from engine.functions.registry import Function
+from engine.functions.registry import Function, kind_of
 from engine.functions.requests import compile_answer_encoder, decode_answer
 from engine.functions.routes import Method, Route, is_parameter, segments_of
 from engine.functions.settings import Settings
@@ -100,6 +100,11 @@ def routes_of(
                 continue
             for declared in getattr(value, _DECLARED, ()):
                 path = f"{module_path}:{name}"
+                if (kind := kind_of(value)) is not None:
+                    raise RegistryError(
+                        f"{path}: @http.{declared.method.lower()} and @{kind} stand above one function. A route is an "
+                        f"action by itself: leave @{kind} out, or write a route that calls it."
+                    )
                 if declared.webhook is not None:
                     declared.webhook.check(path, limits, settings)
                 routes.append(_compile(path, value, declared, limits, tags))
@@ -121,8 +126,10 @@ def _declare(method: Method, path: str, webhook: Webhook | None = None) -> Calla
 
 def _check_path(declared: DeclaredRoute) -> None:
     where = f"@http.{declared.method.lower()}({declared.path!r})"
-    if not declared.path.startswith("/"):
+    if type(declared.path) is not str or not declared.path.startswith("/"):
         raise RegistryError(f"{where}: a path begins with a slash, as in '/hooks/payments'.")
+    if declared.webhook is not None and not isinstance(declared.webhook, Webhook):
+        raise RegistryError(f'{where}: webhook={declared.webhook!r}; Webhook(secret="payments_secret") is one.')
     segments = segments_of(declared.path)
     for segment in segments:
         if _PARAMETER.fullmatch(segment) is None and (_LITERAL.fullmatch(segment) is None or segment in (".", "..")):

@@ -27,11 +27,19 @@ class NestedQuery:
     All for whom it returns the same share the caller's result. Equal for equal asks.
     """
 
-    __slots__ = ("call", "is_restricted", "key")
+    __slots__ = ("_wire_arguments", "call", "is_restricted", "key")
 
     def __init__(self, call: Call, *, is_restricted: bool) -> None:
         self.call, self.is_restricted = call, is_restricted
         self.key = (call.function.path, call.arguments.canonical, is_restricted)
+        self._wire_arguments: bytes | None = None
+
+    @property
+    def wire_arguments(self) -> bytes:
+        """JSON, as a client would send them."""
+        if self._wire_arguments is None:
+            self._wire_arguments = self.call.function.signature.to_wire_bytes(self.call.arguments)
+        return self._wire_arguments
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NestedQuery) and self.key == other.key

@@ -5,7 +5,8 @@ that end is the *journal*, and every re-run reads up to it, so the next page goe
 
 Invariants
   1. A cursor is a position in one index range of one query: it is authenticated together with function, arguments,
-     index, range and order.
+     index, range and order. It is encrypted: the document that it stands at may be one that the caller may not see.
+     Equal positions make equal cursors, so that a result that is the same has the same bytes.
   2. END is a position after everything: documents appended later fall into the page that ends there.
   3. With an end the page holds all documents up to it, however many there are now.
 """
@@ -64,7 +65,8 @@ class CursorSeal:
     def seal(self, position: OrderKey | None) -> str:
         """The cursor of a full key without its closing rank; None for END."""
         payload = _END if position is None else msgspec.msgpack.encode(position)
-        return base64.urlsafe_b64encode(self._mac(payload) + payload).decode()
+        mac = self._mac(payload)
+        return base64.urlsafe_b64encode(mac + self._crypt(mac, payload)).decode()
 
     def open(self, cursor: str) -> OrderKey | None:
         """The position of a cursor that `seal` made for this query. Raises InvalidCursor."""
@@ -72,10 +74,16 @@ class CursorSeal:
             sealed = base64.urlsafe_b64decode(cursor.encode("ascii"))
         except (binascii.Error, UnicodeEncodeError) as error:
             raise InvalidCursor("the cursor is damaged") from error
-        mac, payload = sealed[:_MAC_SIZE_BYTES], sealed[_MAC_SIZE_BYTES:]
+        mac = sealed[:_MAC_SIZE_BYTES]
+        payload = self._crypt(mac, sealed[_MAC_SIZE_BYTES:])
         if not hmac.compare_digest(mac, self._mac(payload)):
             raise InvalidCursor("the cursor belongs to another query")
         return None if payload == _END else tuple(msgspec.msgpack.decode(payload))
+
+    def _crypt(self, mac: bytes, payload: bytes) -> bytes:
+        """Encrypt, or decrypt: the digest of a payload is what no other payload under this key is encrypted with."""
+        stream = hashlib.shake_256(self._key + mac).digest(len(payload))
+        return bytes(a ^ b for a, b in zip(payload, stream, strict=True))
 
     def _mac(self, payload: bytes) -> bytes:
         return hashlib.blake2b(payload, key=self._key, digest_size=_MAC_SIZE_BYTES).digest()

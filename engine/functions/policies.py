@@ -26,7 +26,6 @@ from engine.functions.run import Run, drive_inside
 from engine.identity import Identity
 from engine.schema import Table, TableSchema
 from engine.transaction.reading import ReadTransaction
-from engine.transaction.transaction import WriteTransaction
 
 if TYPE_CHECKING:
     from engine.functions.calls import NestedCalls
@@ -167,7 +166,7 @@ class Guard:
         self._policies, self._transaction, self._calls = policies, transaction, calls
         self.run, self.db = run, db
         self._instances: dict[str, Policy[Any]] = {}  # by table
-        self._viewers: dict[Callable[..., Any], tuple[Any, tuple[int, ...]]] = {}
+        self._viewers: dict[str, tuple[Any, int]] = {}  # by path: the value, and the writes before it
 
     def covers(self, documents: type[Table] | Table) -> bool:
         """Whether a policy decides about the documents of this class."""
@@ -196,17 +195,14 @@ class Guard:
             raise Forbidden(f"{operation} {table}: its policy, {type(policy).__name__}, does not allow this caller to.")
 
     def viewer(self, call: Call) -> Any:
-        """What the viewer query returns: asked once, and again after a write to a table that it read."""
-        known = self._viewers.get(call.function.callable)
-        if known is not None and known[1] == self._write_counts(call):
+        """What the viewer query returns: asked once, and again after each write of a mutation."""
+        write_count = self._transaction.write_count
+        known = self._viewers.get(call.function.path)
+        if known is not None and known[1] == write_count:
             return known[0]
         value = drive_inside(self.run, self._calls.query(call, is_restricted=False))
-        self._viewers[call.function.callable] = value, self._write_counts(call)
+        self._viewers[call.function.path] = value, write_count
         return value
-
-    def _write_counts(self, call: Call) -> tuple[int, ...]:
-        transaction = self._transaction
-        return (transaction.write_count,) if isinstance(transaction, WriteTransaction) else ()
 
     def _policy(self, table: str) -> Policy[Any]:
         instance = self._instances.get(table)

@@ -130,7 +130,9 @@ class DatabaseReader:
                 f"{where}: it counts documents that the policy of {table.name} may hide from this caller. Declare it "
                 "with public=True if everybody may know its numbers, or read ctx.db.unrestricted.total(…)."
             )
-        cell = key_prefix([column_value(table, field, key[field], where) for field in aggregate.fields])
+        cell = key_prefix(
+            [column_value(table, field, key[field], "total", aggregate.name) for field in aggregate.fields]
+        )
         numbers = self._transaction.total(table, aggregate, cell)
         return Total(self._transaction, self._run, table.name, aggregate, cell, numbers)
 
@@ -149,7 +151,9 @@ class DatabaseReader:
                     f"{where}: {name!r} is none of its filter fields ({', '.join(index.filters) or 'it has none'}). "
                     "Add it there, or use filter(…)."
                 )
-        filters = tuple((n, column_value(table, n, equal[n], where)) for n in index.filters if n in equal)
+        filters = tuple(
+            (n, column_value(table, n, equal[n], "search", index.name)) for n in index.filters if n in equal
+        )
         terms = read_terms(text, where, self._run.limits)
         search = Search(
             self._transaction,

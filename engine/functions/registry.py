@@ -199,6 +199,12 @@ def functions_of(modules: Mapping[str, ModuleType], *, limits: Limits, tags: Cal
     return found
 
 
+def kind_of(function: Callable[..., Any]) -> FunctionKind | None:
+    """What it is declared as; None if it is neither a query nor a mutation nor an action."""
+    declared = getattr(function, _DECLARED, None)
+    return declared.kind if isinstance(declared, Declared) else None
+
+
 def camel_path(path: str) -> str:
     """`watch_progress:get_progress` as JavaScript writes it."""
     return re.sub(r"\w+", lambda word: camel_case(word[0]), path)

@@ -292,16 +292,21 @@ class Runner:
         calls = NestedCalls(self, run, transaction, now, is_restricted=is_restricted)
         db = DatabaseReader(transaction, run)
         if is_restricted and self.registry.policies:
-            db.restrict(Guard(self.registry.policies, run, transaction, calls, db.unrestricted))
+            db.restrict(Guard(self.registry.policies, run, transaction, calls, DatabaseReader(transaction, run)))
         return QueryCtx(run, now, seed, calls, db, self, transaction)
 
     def mutation_ctx(self, run: Run, transaction: WriteTransaction, *, is_restricted: bool) -> MutationCtx:
-        now = transaction.now
+        now, number = transaction.now, run.context_count
+        run.context_count += 1
+
+        def seed() -> bytes:
+            return b"%b|%b|%r|%d" % (run.function.path.encode(), run.arguments.canonical, now, number)
+
         calls = NestedCalls(self, run, transaction, now, is_restricted=is_restricted)
         db = DatabaseWriter(transaction, run)
         if is_restricted and self.registry.policies:
-            db.restrict(Guard(self.registry.policies, run, transaction, calls, db.unrestricted))
-        return MutationCtx(run, now, self._seed_of(run, now), calls, db, self, transaction)
+            db.restrict(Guard(self.registry.policies, run, transaction, calls, DatabaseReader(transaction, run)))
+        return MutationCtx(run, now, seed, calls, db, self, transaction)
 
     # what few functions ask their context for
 
@@ -321,11 +326,6 @@ class Runner:
         return MutationSession(self, run, transaction)
 
     # -- inside
-
-    def _seed_of(self, run: Run, now: float) -> Callable[[], bytes]:
-        number = run.context_count
-        run.context_count += 1
-        return lambda: b"%b|%b|%r|%d" % (run.function.path.encode(), run.arguments.canonical, now, number)
 
     def _new_run(
         self,

@@ -167,6 +167,7 @@ class Scan(Generic[T]):
         self._check_ranked("rank")
         if self._run.wants_pause:
             await self._run.pause()
+        self._move_with_time(None)
         document_id = document.id if isinstance(document, Table) else document
         return self._transaction.rank(
             self._document_type, self._index, self._range, document_id, descending=self._descending
@@ -183,6 +184,7 @@ class Scan(Generic[T]):
                 raise FunctionMisuse(f"page: {name}={value!r}; it is a whole number from {least} on.")
         if self._run.wants_pause:
             await self._run.pause()
+        self._move_with_time(None)
         transaction, source = self._transaction, (self._document_type, self._index, self._range)
         page = transaction.slice(*source, descending=self._descending, skip=number * size, size=size)
         total = transaction.count(*source) if with_total else None

@@ -140,6 +140,8 @@ def _check_class(declared: type[Settings]) -> None:
     for field in fields:
         if field.name != field.name.lower():
             raise RegistryError(f"{where}.{field.name}: settings are named in snake_case, as variables have no case.")
+        if field.type is Secret and isinstance(field.default, str):  # it would be shown: defaults are taken as they are
+            raise RegistryError(f"{where}.{field.name}: a text is no Secret. Write Secret(…) around it.")
 
 
 def _variable_of(name: str) -> str:

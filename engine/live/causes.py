@@ -36,23 +36,23 @@ def reads_of(read_set: ReadSet, catalog: Catalog) -> list[str]:
 def _parts(read_set: ReadSet, catalog: Catalog) -> Iterator[tuple[ReadSet, str]]:
     """Each single read, and its description."""
     for table, document_id in sorted(read_set.documents):
-        part = read_set.fresh()
+        part = ReadSet(1)
         part.add_document(table, document_id)
         yield part, f"the document {table}/{document_id}"
     for index_range in read_set.ranges:
-        part = read_set.fresh()
+        part = ReadSet(1)
         part.add_range(index_range)
         yield part, f"documents of {_range_text(index_range, catalog)}"
     for index_range in read_set.key_ranges:
-        part = read_set.fresh()
+        part = ReadSet(1)
         part.add_key_range(index_range)
         yield part, f"keys of {_range_text(index_range, catalog)}"
     for cell in sorted(read_set.cells, key=repr):
-        part = read_set.fresh()
+        part = ReadSet(1)
         part.add_cell(cell)
         yield part, _cell_text(cell)
     for search in read_set.searches:
-        part = read_set.fresh()
+        part = ReadSet(1)
         part.add_search(search)
         words = [*search.terms.words, *([] if search.terms.prefix is None else [f"{search.terms.prefix}…"])]
         equal = "".join(f", {field}={value!r}" for field, value in search.filters)

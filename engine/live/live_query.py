@@ -112,7 +112,6 @@ class LiveQuery:
         "is_dirty",
         "is_restricted",
         "keys",
-        "moment_ms",
         "new_key",
         "result",
         "variant",
@@ -128,7 +127,6 @@ class LiveQuery:
         self.cause: Cause | None = None  # why it runs again; only while somebody traces
         self.result: Result | None = None  # set by publisher
         self.variant: Variant = ()  # of the run that gave `result`
-        self.moment_ms: float | None = None  # when time alone may change the result
         self.keys: set[tuple[Any, ...]] = set()  # where `sharing` lists it
         self.new_key: tuple[Any, ...] = ()  # where `sharing` finds it until it has run
         self.watchers: dict[View, set[int]] = {}  # the query ids under which each view holds it

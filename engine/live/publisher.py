@@ -16,9 +16,11 @@ Invariants
 import asyncio
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from engine.clock import Clock, cpu_clock
 from engine.errors import InternalError, RequestError
-from engine.events import Events, QueryRan, Reran, ResultChanged, ResultUnchanged
+from engine.events import Cause, Events, QueryRan, Reran, ResultChanged, ResultUnchanged
 from engine.functions.outcomes import NestedQuery, Outcome, QueryRun
 from engine.functions.run import Known, RanLong
 from engine.functions.runner import Runner
@@ -59,7 +61,7 @@ class Publisher:
         self.views: set[View] = set()
         self._index: InvalidationIndex[LiveQuery] = InvalidationIndex()
         self._sharing = Sharing(self._run_unless_it_waits, self._use, self._release)
-        self._cache = ResultCache(runner.limits, self._drop)
+        self.cache = ResultCache(runner.limits, self._drop)
         self._ready: dict[View, None] = {}  # to be told when the pass is over
         self._tell_is_due = False
         self._turn_is_open = False
@@ -88,7 +90,7 @@ class Publisher:
     def attach(self, view: View, query_id: int, live_query: LiveQuery) -> None:
         """The view holds the query under this id from now on; one without a result is run at once."""
         live_query.watchers.setdefault(view, set()).add(query_id)
-        self._cache.use(live_query)
+        self.cache.use(live_query)
         if live_query in self._long_waiting or live_query in self._round_members:
             view.wait_for(live_query)
         elif live_query.is_dirty:
@@ -181,7 +183,7 @@ class Publisher:
         self._index = InvalidationIndex()
         self._moments.clear()
         self._sharing.clear()
-        self._cache.clear()
+        self.cache.clear()
 
     async def ask_once(self, path: str, arguments: bytes, identity: Identity | None) -> Result:
         """What a query returns now, from the shared result if there is one."""
@@ -216,11 +218,11 @@ class Publisher:
         self._sharing.unlist(live_query)
         self._index.remove(live_query)
         self._moments.put(live_query, None)
-        self._cache.forget(live_query)
+        self.cache.forget(live_query)
         self._long_waiting.pop(live_query, None)
 
     def _use(self, live_query: LiveQuery) -> None:
-        self._cache.use(live_query)
+        self.cache.use(live_query)
 
     def _release(self, live_query: LiveQuery) -> None:
         """Nobody watches it any more: it is kept for the next who asks, until a commit touches it or room is needed."""
@@ -228,7 +230,7 @@ class Publisher:
         if live_query.is_dirty or not live_query.keys or result is None or not result.is_repeatable:
             self._drop(live_query)
         else:
-            self._cache.leave(live_query)
+            self.cache.leave(live_query)
 
     # -- running
 
@@ -245,8 +247,8 @@ class Publisher:
             return
         if live_query.nested and not self._choose_identity(live_query):
             return
-        if not live_query.nested and live_query.watchers:
-            live_query.identity = next(iter(live_query.watchers)).identity
+        if not live_query.nested and live_query.is_watched:  # of somebody who is still there
+            live_query.identity = next(iter(live_query.watchers or live_query.dependents)).identity
         transaction = ReadTransaction(self._snapshots.reader, self.catalog, self._runner.limits)
         identity = live_query.identity
         caller = Caller(identity, is_restricted=live_query.is_restricted)
@@ -289,6 +291,10 @@ class Publisher:
 
     def _finish(self, live_query: LiveQuery, run: QueryRun, ts: int, *, is_part: bool = False) -> None:
         """Take over what a run gave; `is_part`: it was made inside of another one."""
+        with self.cache:  # what it is shared by is not watched before the end
+            self._take_over(live_query, run, ts, is_part=is_part)
+
+    def _take_over(self, live_query: LiveQuery, run: QueryRun, ts: int, *, is_part: bool) -> None:
         call, old, started_from = live_query.call, live_query.result, live_query.journal
         assert call is not None
         for nested, inner in run.nested.items():
@@ -313,11 +319,11 @@ class Publisher:
                 self.tell_later(view)
             if events.listeners and not is_part:
                 events.emit(ResultChanged(call.function.path, ts))
-        if live_query.cause is not None:
+        cause = live_query.cause
+        if cause is not None:
             is_changed = live_query.result is not old
-            events.emit(Reran(call.function.path, live_query.ask.arguments, live_query.cause, is_changed))
+            events.emit(Reran(call.function.path, live_query.ask.arguments, cause, is_changed))
             live_query.cause = None
-        self._cache.put(live_query)
         variant = tuple(
             (part, value if isinstance(part, NestedQuery) else repr(value)) for part, value in run.parts.items()
         )
@@ -329,13 +335,14 @@ class Publisher:
             for view in list(live_query.watchers):
                 # a re-run that reads more of the identity splits its subscribers
                 if is_listed and self._sharing.suits(live_query, view.identity):
-                    for query_id in live_query.watchers[view]:
+                    for query_id in list(live_query.watchers.get(view, ())):  # a run inside may move it
                         self._sharing.depend(view, query_id, live_query)
                 else:
                     self._move(view, live_query)
             is_news_to_callers = True
         if is_news_to_callers:
-            self._tell_dependents(live_query)
+            self._tell_dependents(live_query, cause)
+        self.cache.put(live_query)  # after all that it has set off: if one result keeps its bytes, it is this one
         if not live_query.is_watched:
             self._release(live_query)
 
@@ -343,13 +350,13 @@ class Publisher:
         """A query was run inside of another one: that is its own first run, too."""
         live_query = self._sharing.look_up(nested, identity)
         if live_query is None:
-            ask = Ask(nested.call.function.path, b"", None)
+            ask = Ask(nested.call.function.path, nested.wire_arguments, None)
             live_query = LiveQuery(ask, nested.call, identity, is_restricted=nested.is_restricted)
-        elif live_query.result is None or not live_query.result.is_evicted:
+        elif live_query.result is None or (live_query.result.is_repeatable and not live_query.result.is_evicted):
             return
         self._finish(live_query, run, ts, is_part=True)
 
-    def _tell_dependents(self, live_query: LiveQuery) -> None:
+    def _tell_dependents(self, live_query: LiveQuery, cause: Cause | None) -> None:
         """What queries share by has changed: those for whom another one is right now look for it."""
         for view, query_ids in list(live_query.dependents.items()):
             for query_id in list(query_ids):
@@ -359,6 +366,10 @@ class Publisher:
                 if self._sharing.suits(held, view.identity):
                     self._sharing.depend(view, query_id, held)
                 else:
+                    if cause is not None:  # another result, of a query that need not have run
+                        read = f"{cause.read}; so {live_query.path} returned something else"
+                        because = msgspec.structs.replace(cause, read=read)
+                        self._events.emit(Reran(held.path, held.ask.arguments, because, True))
                     view.reattach(query_id)
                     self.tell_later(view)
 
@@ -416,9 +427,7 @@ class Publisher:
             if not live_query.is_watched:
                 self._drop(live_query)
                 continue
-            for nested, inner in list(run.nested.items()):
-                if _touches(inner.read_set, self._round_writes):
-                    del run.nested[nested]  # it is not true any more
+            _forget_touched(run.nested, self._round_writes)
             watchers, dependents = dict(live_query.watchers), list(live_query.dependents)
             self._finish(live_query, run, ts)
             for view in {**watchers, **dict.fromkeys(dependents)}:
@@ -446,6 +455,15 @@ class Publisher:
         ready, self._ready = self._ready, {}
         for view in ready:
             view.ready()
+
+
+def _forget_touched(nested: dict[NestedQuery, QueryRun], writes: WriteSet) -> None:
+    """Leave those, and those inside of them, that are still true."""
+    for query, run in list(nested.items()):
+        if _touches(run.read_set, writes):
+            del nested[query]
+        else:
+            _forget_touched(run.nested, writes)
 
 
 def _touches(read_set: ReadSet, writes: WriteSet) -> bool:

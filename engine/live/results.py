@@ -4,6 +4,7 @@ Invariants
   1. The bytes of all results together stay within `result_cache_size_bytes`, those of live queries that nobody watches
      within `result_cache_count_max` results too.
   2. A watched live query keeps at least the digest of its result; one that nobody watches goes altogether.
+  3. Inside of `with cache:` nothing goes: what has been found there is not watched yet. Room is made at the end.
 """
 
 from collections import OrderedDict
@@ -21,6 +22,14 @@ class ResultCache:
         self._size_by_live_query: OrderedDict[LiveQuery, int] = OrderedDict()
         self._size_bytes = 0
         self._idle: OrderedDict[LiveQuery, None] = OrderedDict()  # those that nobody watches, oldest first
+        self._block_count = 0  # `with` blocks under way
+
+    def __enter__(self) -> None:
+        self._block_count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._block_count -= 1
+        self._make_room()
 
     def put(self, live_query: LiveQuery) -> None:
         """A run has given a result: count its bytes, and make room."""
@@ -28,14 +37,7 @@ class ResultCache:
         assert live_query.result is not None
         size = self._size_by_live_query[live_query] = live_query.result.size_bytes
         self._size_bytes += size
-        while self._size_bytes > self._limits.result_cache_size_bytes and len(self._size_by_live_query) > 1:
-            oldest = next(iter(self._size_by_live_query))
-            self.forget(oldest)
-            if oldest.is_watched:
-                assert oldest.result is not None
-                oldest.result = oldest.result.evicted()
-            else:
-                self._drop_live_query(oldest)
+        self._make_room()
 
     def use(self, live_query: LiveQuery) -> None:
         """Somebody asks for it: it is the newest now, and watched."""
@@ -46,8 +48,7 @@ class ResultCache:
     def leave(self, live_query: LiveQuery) -> None:
         """Nobody watches it any more: it stays while there is room."""
         self._idle[live_query] = None
-        if len(self._idle) > self._limits.result_cache_count_max:
-            self._drop_live_query(next(iter(self._idle)))
+        self._make_room()
 
     def forget(self, live_query: LiveQuery) -> None:
         """Stop counting it."""
@@ -58,3 +59,17 @@ class ResultCache:
         self._size_by_live_query.clear()
         self._idle.clear()
         self._size_bytes = 0
+
+    def _make_room(self) -> None:
+        if self._block_count:
+            return  # invariant 3
+        while self._size_bytes > self._limits.result_cache_size_bytes and len(self._size_by_live_query) > 1:
+            oldest = next(iter(self._size_by_live_query))
+            self.forget(oldest)
+            if oldest.is_watched:
+                assert oldest.result is not None
+                oldest.result = oldest.result.evicted()
+            else:
+                self._drop_live_query(oldest)
+        while len(self._idle) > self._limits.result_cache_count_max:
+            self._drop_live_query(next(iter(self._idle)))

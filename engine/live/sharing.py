@@ -75,6 +75,8 @@ class Sharing:
         result = live_query.result
         if result is None or result.is_evicted or result.ts > ts or not result.is_repeatable:
             return None
+        if result.journal is not None:  # a page inside of another query ends where that one remembers
+            return None
         return result.outcome
 
     def suits(self, live_query: LiveQuery, identity: Identity | None) -> bool:
@@ -160,7 +162,7 @@ class Sharing:
             yield from self._behind(dependency, identity)
 
     def _dependency(self, nested: NestedQuery, identity: Identity | None) -> LiveQuery:
-        ask = Ask(nested.call.function.path, b"", None)
+        ask = Ask(nested.call.function.path, nested.wire_arguments, None)
         return self.find(ask, nested.call, identity, is_restricted=nested.is_restricted)
 
     def _variant(

@@ -98,9 +98,10 @@ class View:
                 return None
             query_id = next(iter(self._unattached))
             del self._unattached[query_id]
-            live_query = self._live_queries[query_id] = self._publisher.find(self._asks[query_id], self.identity)
-            self._changed.add(query_id)
-            self._publisher.attach(self, query_id, live_query)
+            with self._publisher.cache:
+                live_query = self._live_queries[query_id] = self._publisher.find(self._asks[query_id], self.identity)
+                self._changed.add(query_id)
+                self._publisher.attach(self, query_id, live_query)
         results = self._refilled()
         if self._waiting or self._unattached:
             return None  # the publisher tells when that has changed

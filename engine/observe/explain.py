@@ -57,11 +57,17 @@ def text_of(explanation: Explanation) -> str:
         *(f"              {read}" for read in explanation.reads or ["nothing"]),
     ]
     if explanation.rerun_at_ms is not None:
-        moment = datetime.fromtimestamp(explanation.rerun_at_ms / 1000, UTC).isoformat(timespec="milliseconds")
-        lines.append(f"            or at {moment}")
+        lines.append(f"            or at {_time_text(explanation.rerun_at_ms)}")
     if explanation.failure is not None:
         lines.append(f"  failed    {explanation.failure}")
     return "\n".join(lines)
+
+
+def _time_text(time_ms: float) -> str:
+    try:
+        return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    except (OverflowError, ValueError, OSError):  # beyond the year 9999
+        return f"{time_ms:g} ms since the epoch"
 
 
 def _count_of(result: object) -> int | None:

@@ -7,7 +7,7 @@ import msgspec
 
 from engine.errors import SchemaError
 from engine.schema.compiled import ForeignKey, TableSchema
-from engine.schema.declarations import ForeignKeyDeclaration, OnDelete
+from engine.schema.declarations import ForeignKeyDeclaration, OnDelete, declared
 from engine.values.shapes import Null, Str, UnionShape
 
 _ON_DELETE: tuple[str, ...] = get_args(OnDelete)
@@ -29,14 +29,8 @@ def link_foreign_keys(tables: Sequence[TableSchema]) -> list[TableSchema]:
 
 
 def _compile_foreign_keys(table: TableSchema, tables_by_name: dict[str, TableSchema]) -> tuple[ForeignKey, ...]:
-    declared: dict[str, ForeignKeyDeclaration] = {}
-    for owner in reversed(table.document_type.__mro__):  # those of a base class too
-        for name, value in vars(owner).items():
-            declared.pop(name, None)
-            if isinstance(value, ForeignKeyDeclaration):
-                declared[name] = value
     keys: dict[str, ForeignKey] = {}
-    for name, declaration in declared.items():
+    for name, declaration in declared(table.document_type, ForeignKeyDeclaration).items():
         where = f"{table.name}.{name}"
         if declaration.field in keys:
             raise SchemaError(f"{where}: {declaration.field!r} has a foreign key already. Drop one.")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from engine.errors import SchemaError
 from engine.schema.compiled import Field, SearchIndexSchema
-from engine.schema.declarations import SearchIndexDeclaration, Table, is_name
+from engine.schema.declarations import SearchIndexDeclaration, Table, declared, is_name
 
 SEARCH_INDEX_COUNT_MAX = 4  # of one table: each splits its text into words with every document
 SEARCH_FILTER_COUNT_MAX = 8
@@ -15,18 +15,13 @@ def compile_search_indexes(
 ) -> dict[str, SearchIndexSchema]:
     """By name."""
     table = document_type.__table_name__
-    declared: dict[str, SearchIndexDeclaration] = {}
-    for owner in reversed(document_type.__mro__):  # those of a base class too
-        for name, value in vars(owner).items():
-            declared.pop(name, None)
-            if isinstance(value, SearchIndexDeclaration):
-                declared[name] = value
-    if len(declared) > SEARCH_INDEX_COUNT_MAX:
-        raise SchemaError(f"{table}: {len(declared)} search indexes, {SEARCH_INDEX_COUNT_MAX} allowed.")
+    declarations = declared(document_type, SearchIndexDeclaration)
+    if len(declarations) > SEARCH_INDEX_COUNT_MAX:
+        raise SchemaError(f"{table}: {len(declarations)} search indexes, {SEARCH_INDEX_COUNT_MAX} allowed.")
     field_by_name = {field.name: field for field in fields}
     name_by_lower_name: dict[str, str] = {}
     indexes: dict[str, SearchIndexSchema] = {}
-    for name, declaration in declared.items():
+    for name, declaration in declarations.items():
         where = f"{table}.{name}"
         if not is_name(name) or name_by_lower_name.setdefault(name.lower(), name) != name:
             raise SchemaError(f"{where}: no name for a search index, or taken (SQLite ignores case). Rename it.")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable
 from typing import Literal, Protocol, TypeVar
 
 import msgspec
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
 from msgspec import Raw
 
 from engine.errors import (
@@ -43,6 +43,8 @@ _log = logging.getLogger("engine.server")
 
 Kind = Literal["query", "mutation", "action"]
 _Body = TypeVar("_Body")
+
+BROKEN_BODY = (web.RequestPayloadError, ClientPayloadError, ConnectionError)  # what aiohttp raises while it is read
 
 _NO_ARGUMENTS = b"{}"
 _CODE_BY_STATUS = {404: "NotFound", 405: "MethodNotAllowed", 408: "RequestTimeout", 413: "PayloadTooLarge"}
@@ -246,6 +248,8 @@ class HttpDoor:
                 return await request.read()
         except TimeoutError as error:
             raise web.HTTPRequestTimeout(text="The body took too long to arrive.") from error
+        except BROKEN_BODY as error:
+            raise web.HTTPBadRequest(text="The body did not arrive whole, or is not encoded as it says.") from error
 
     async def identity(self, request: web.Request) -> Identity | None:
         """Who asks, by the header `Authorization`; None without one. Raises AuthenticationFailed."""

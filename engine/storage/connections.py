@@ -30,7 +30,7 @@ from engine.limits import Limits
 from engine.ranges import Scalar
 
 TEMPORARY = ":memory:"  # as a path: a file in a temporary directory, gone when it is closed
-FORMAT_VERSION = 1  # of the file; raised when an older engine could no longer read it
+FORMAT_VERSION = 2  # of the file; raised when an older engine could no longer read it, or keep what is in it
 
 Row = tuple[Any, ...]
 

@@ -14,6 +14,7 @@ against. It blocks, as every `FileStore` may; one client serves all threads.
 """
 
 import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ import msgspec
 
 from engine.errors import ConfigError, Overloaded
 from engine.storage.files import OpenedFile
+
+_log = logging.getLogger("engine.storage")
 
 _CONNECT_SECONDS_MAX = 5
 _READ_SECONDS_MAX = 30
@@ -100,6 +103,7 @@ class S3FileStore:
         try:
             yield
         except (self._errors.BotoCoreError, self._errors.ClientError) as cause:
+            _log.warning("the bucket %s: %s", self._location.bucket, cause)  # a wrong key is the operator's to see
             raise Overloaded("The file storage does not answer as it should. Try again.") from cause
 
 

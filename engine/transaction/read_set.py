@@ -37,6 +37,7 @@ class ReadSet:
     """Documents read by id, ranges scanned, ranges of which only the keys were read, and searches."""
 
     __slots__ = (
+        "_range_count",
         "_range_count_max",
         "cells",
         "documents",
@@ -49,6 +50,7 @@ class ReadSet:
 
     def __init__(self, range_count_max: int) -> None:
         self._range_count_max = range_count_max
+        self._range_count = 0  # and searches; see `_take_room`
         self.documents: set[tuple[str, str]] = set()  # (table, id), also of missing documents
         self.cells: set[CellEntry] = set()  # only another number re-runs
         self.ranges: list[IndexRange] = []  # any write to a document inside re-runs
@@ -65,7 +67,7 @@ class ReadSet:
 
     def add_range(self, index_range: IndexRange) -> int:
         """Add a range; the returned place is for `replace_range` while its scan goes on."""
-        self._check_room()
+        self._take_room()
         self.ranges.append(index_range)
         return len(self.ranges) - 1
 
@@ -74,11 +76,11 @@ class ReadSet:
         self.ranges[place] = index_range
 
     def add_key_range(self, index_range: IndexRange) -> None:
-        self._check_room()
+        self._take_room()
         self.key_ranges.append(index_range)
 
     def add_search(self, search: SearchRead) -> None:
-        self._check_room()
+        self._take_room()
         self.searches.append(search)
 
     def rerun_by(self, when_ms: float) -> None:
@@ -86,11 +88,13 @@ class ReadSet:
         self.rerun_at_ms = when_ms if self.rerun_at_ms is None else min(self.rerun_at_ms, when_ms)
 
     def fresh(self) -> "ReadSet":
-        """An empty one with the same bound: what a nested query reads is told apart from what its caller reads."""
-        return ReadSet(self._range_count_max)
+        """An empty one, with the room left here: what a nested query reads is told apart from its caller's reads."""
+        fresh = ReadSet(self._range_count_max)
+        fresh._range_count = self._range_count
+        return fresh
 
     def merge(self, other: "ReadSet") -> None:
-        """Depend on all that the other one does, too."""
+        """Depend on all that the other one does, too: one that `fresh` made here, so there is room for it."""
         for read in other.moving:
             place = None if read.place is None else read.place + len(self.ranges)
             self.moving.append(msgspec.structs.replace(read, place=place))
@@ -98,12 +102,10 @@ class ReadSet:
             self.rerun_by(other.rerun_at_ms)
         self.documents |= other.documents
         self.cells |= other.cells
-        for index_range in other.ranges:
-            self.add_range(index_range)
-        for index_range in other.key_ranges:
-            self.add_key_range(index_range)
-        for search in other.searches:
-            self.add_search(search)
+        self.ranges += other.ranges
+        self.key_ranges += other.key_ranges
+        self.searches += other.searches
+        self._range_count = other._range_count
 
     def equals(self, other: "ReadSet") -> bool:
         """Whether both would be listed in the same places of the invalidation index."""
@@ -115,12 +117,12 @@ class ReadSet:
             and self.searches == other.searches
         )
 
-    def _check_room(self) -> None:
-        used = len(self.ranges) + len(self.key_ranges) + len(self.searches) + 1
-        if used > self._range_count_max:
+    def _take_room(self) -> None:
+        if self._range_count >= self._range_count_max:
             raise LimitExceeded(
                 "index ranges read",
-                used=used,
+                used=self._range_count + 1,
                 allowed=self._range_count_max,
                 remedy="Read one wider range, or raise limits.read_range_count_max.",
             )
+        self._range_count += 1

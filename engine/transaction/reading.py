@@ -218,7 +218,11 @@ class ReadTransaction:
         codec = self.catalog.of_id(document_id)
         if codec.table.document_type is not document_type:
             raise InvalidDocument(f"rank {index_range.table}: {document_id!r} is an id of {codec.table.name}.")
-        document = self._read(codec, document_id, with_deleted=False)
+        try:
+            document = self._read(codec, document_id, with_deleted=False)
+        except LimitExceeded:
+            self.read_set.add_document(codec.table.name, document_id)  # how large it is may be why it fails
+            raise
         key = None if document is None else index.key_of(document)
         if key is None or not index_range.holds(key):
             self.read_set.add_document(codec.table.name, document_id)
@@ -263,9 +267,10 @@ class ReadTransaction:
         if descending:
             documents.reverse()
         first_key, last_key = index.key_of(documents[0]), index.key_of(documents[-1])
+        here = index_range  # what comes before the first page belongs to it
         if skip:
             self.read_set.add_key_range(index_range.ahead_of(first_key, descending=descending))
-        here = index_range.rest_from(first_key, descending=descending)
+            here = index_range.rest_from(first_key, descending=descending)
         # while the page is not full, what comes after it belongs to it
         self.read_set.add_range(here.cut_at(last_key, descending=descending) if len(documents) == size else here)
         return documents

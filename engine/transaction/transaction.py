@@ -243,7 +243,8 @@ class WriteTransaction(ReadTransaction):
         return Savepoint(self._depth, len(self._writes), self.has_hidden_writes)
 
     def end_nested(self, savepoint: "Savepoint") -> None:
-        """Keep what was written since `begin_nested`."""
+        """Keep what was written since `begin_nested`; StorageFull when storage has undone it meanwhile."""
+        self._check_open()
         self._writer.release(savepoint.depth)
         self._depth = savepoint.depth - 1
 

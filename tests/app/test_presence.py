@@ -312,6 +312,18 @@ async def test_a_session_in_two_tabs_leaves_with_the_last_of_them(
         assert await viewer_count(guest, demo.live_game) == count_after
 
 
+async def test_a_heartbeat_over_another_connection_takes_the_session_over(
+    engine: TestEngine, demo: Demo, guest: Client, as_user: Callable[..., Client]
+) -> None:
+    old, new = as_user("tomas"), as_user("tomas")
+    await join(old, demo.live_game, "a")
+    await heartbeat(new, demo.live_game, "a")
+    for client, count_after in ((old, 1), (new, 0)):
+        client.drop()
+        await engine.advance(GRACE_SECONDS)
+        assert await viewer_count(guest, demo.live_game) == count_after
+
+
 async def test_viewers_who_do_not_come_back_after_a_crash_leave_within_seconds(
     engine: TestEngine, demo: Demo, guest: Client, tomas: Client, aiko: Client
 ) -> None:

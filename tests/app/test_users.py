@@ -80,7 +80,7 @@ async def test_only_a_stored_user_can_get_a_role(engine: TestEngine) -> None:
 
 
 async def test_an_account_goes_with_its_chat_and_progress_and_whoever_looks_is_told(
-    demo: Demo, guest: Client, tomas: Client, aiko: Client, maya: Client
+    engine: TestEngine, demo: Demo, guest: Client, tomas: Client, aiko: Client, maya: Client
 ) -> None:
     tomas_id = (await tomas.query("users:me")).id
     content_id = demo.contents[0].id
@@ -105,21 +105,25 @@ async def test_an_account_goes_with_its_chat_and_progress_and_whoever_looks_is_t
     }
     assert await refusal(of_tomas.next()) == "USER_NOT_FOUND"
     assert len(await of_aiko.settled()) == 1
+    for table in ("live_chat_messages", "user_watch_progress"):
+        left = engine.running.database.writer.fetch_all(f"SELECT DISTINCT user_id FROM {table}")
+        assert (tomas_id,) not in left
+        assert left != []
 
 
 async def test_one_who_deletes_the_account_while_watching_goes_on_watching_anonymously(
     engine: TestEngine, demo: Demo, guest: Client, tomas: Client
 ) -> None:
-    async def watchers() -> list[tuple[str | None]]:
+    def watchers() -> list[tuple[str | None]]:
         return engine.running.database.writer.fetch_all("SELECT user_id FROM live_stream_sessions")
 
     count = guest.subscribe("presence:get_viewer_count", game_id=demo.live_game)
     await tomas.mutation("presence:join", game_id=demo.live_game, session_id="a", device_type="mobile")
-    assert await watchers() == [((await tomas.query("users:me")).id,)]
+    assert watchers() == [((await tomas.query("users:me")).id,)]
     assert await count.next() == {"viewerCount": 1}
     async with engine.count_runs() as runs:
         await tomas.mutation(DELETE)
-    assert await watchers() == [(None,)]
+    assert watchers() == [(None,)]
     assert runs == {DELETE: 1}, "no screen shows who watches"
     tomas.close()
     await engine.advance(2)

@@ -257,13 +257,23 @@ async def test_it_runs_as_the_caller_who_registered_it_with_all_claims(app: Open
     assert notes == ["None", "https://login.example|alice admin", "https://login.example|bob None"]
 
 
-async def test_who_registers_again_in_the_same_session_is_the_newest_caller(app: OpenApp) -> None:
+async def test_who_registers_again_has_the_newest_claims(app: OpenApp) -> None:
     tab = Tab(app, "one")
-    for identity in (None, BOB, ALICE):
+    for identity in (Identity(subject="alice", issuer=ALICE.issuer, claims={"role": "guest"}), ALICE):
         await tab.call("m:join", identity)
     tab.close()
     await app.turn(10)
     assert [item.note for item in await app.call("m:left")] == ["https://login.example|alice admin"]
+
+
+async def test_nobody_takes_over_what_another_caller_of_the_session_registered(app: OpenApp) -> None:
+    tab = Tab(app, "one")
+    for identity in (ALICE, BOB, None):  # each signs out, and the next one signs in
+        await tab.call("m:join", identity)
+    await tab.call("m:stay", BOB)
+    tab.close()
+    await app.turn(10)
+    assert [item.note for item in await app.call("m:left")] == ["https://login.example|alice admin", "None"]
 
 
 async def test_a_rolled_back_mutation_has_registered_nothing(app: OpenApp) -> None:

@@ -26,6 +26,7 @@ class Session(Table, name="sessions"):
     by_seen = index("room", "seen")
     by_seen_ms = index("seen_ms")
     by_room = index("room")
+    by_place = index("seen", ranked=True)
 """
 
 FUNCTIONS = """
@@ -56,6 +57,14 @@ async def newest(ctx) -> list[str]:
 @query
 async def walk(ctx) -> list[str]:
     return [s.name async for s in ctx.db.query(Session.by_seen, room="r", gte=ctx.ago(minutes=2))]
+@query
+async def place(ctx) -> list[str]:
+    page = await ctx.db.query(Session.by_place, gte=ctx.ago(minutes=2)).page(0, 9)
+    return [s.name for s in page.page]
+@query
+async def rank_of_b(ctx) -> int | None:
+    b = await ctx.db.query(Session.by_room, room="r").filter(lambda s: s.name == "b").first()
+    return None if b is None else await ctx.db.query(Session.by_place, gte=ctx.ago(minutes=2)).rank(b)
 @query
 async def nested(ctx) -> int: return len(await ctx.run_query(names))
 @query
@@ -102,7 +111,7 @@ async def holds(app: OpenApp, subscriber: Subscriber, number: int = 0) -> object
     return subscriber.value(number)
 
 
-@pytest.mark.parametrize("path", ["m:names", "m:names_gt", "m:walk", "m:newest"])
+@pytest.mark.parametrize("path", ["m:names", "m:names_gt", "m:walk", "m:newest", "m:place"])
 async def test_a_row_falls_out_at_its_moment_and_nothing_runs_before(tmp_path: Path, path: str) -> None:
     async with subscribed(tmp_path, path) as (app, subscriber):
         await app.engine.mutation("m:see", name="a")
@@ -176,6 +185,18 @@ async def test_a_row_that_is_gone_does_not_matter(tmp_path: Path) -> None:
         await app.engine.mutation("m:forget", name="a")
         await app.turn(300)
         assert await holds(app, subscriber) == await holds(app, subscriber, 1) == []
+
+
+async def test_a_place_in_a_range_that_moves_follows_time(tmp_path: Path) -> None:
+    async with subscribed(tmp_path, "m:rank_of_b") as (app, subscriber):
+        for name in "ab":
+            await app.engine.mutation("m:see", name=name)
+            await app.turn(60)
+        assert await holds(app, subscriber) == 1
+        await app.turn(1)
+        assert await holds(app, subscriber) == 0
+        await app.turn(60)
+        assert await holds(app, subscriber) is None
 
 
 async def test_a_query_inside_of_another_one_follows_time(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Row policies: what a caller sees and may write, who shares what, and what runs again when a role changes."""
 
+from base64 import b64decode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -180,6 +181,30 @@ async def test_the_engine_itself_sees_everything(tmp_path: Path) -> None:
         await app.engine.action("m:count_later", room="r", identity=ALICE)
         await app.turn(1)
         assert await app.engine.query("m:notes") == ["3 in r"]
+
+
+async def test_a_cursor_tells_nothing_of_the_row_that_it_stands_at(tmp_path: Path) -> None:
+    functions = """
+from engine import Policy, policy
+from schema import User
+@policy(User)
+class P(Policy[None]):
+    def read(self, user): return user.role == "user"
+@query
+async def page(ctx, pagination_opts: PaginationOptions) -> Page[User]:
+    return await ctx.db.query(User.by_subject).paginate(pagination_opts)
+@mutation(internal=True)
+async def add(ctx, subject: str, role: str) -> None: await ctx.db.insert(User(subject=subject, role=role))
+"""
+    async with open_app(tmp_path, functions, schema=SCHEMA) as app:
+        for subject in ("a", "secret", "z"):
+            await app.engine.mutation("m:add", subject=subject, role="moderator" if subject == "secret" else "user")
+        options = PaginationOptions(num_items=9, maximum_rows_read=2)
+        page = await app.engine.query("m:page", pagination_opts=options)
+        assert [user.subject for user in page.page] == ["a"]
+        assert b"secret" not in b64decode(page.continue_cursor, altchars=b"-_")
+        rest = PaginationOptions(num_items=9, cursor=page.continue_cursor)
+        assert [user.subject for user in (await app.engine.query("m:page", pagination_opts=rest)).page] == ["z"]
 
 
 # -- writing

@@ -66,6 +66,10 @@ def route(declared: str, parameters: str = "", returns: str = "None", name: str 
             "m:other and m:route are both GET /a/{b}/c",
         ),
         ("http.get('/a')(5)", "stands above a function, not above 5"),
+        ("@http.get\nasync def route(ctx: ActionCtx) -> None: ...", "a path begins with a slash"),
+        ("http.post('/a', webhook='payments')", "webhook='payments'; Webhook(secret="),
+        ("@query\n" + route('get("/a")'), "m:route: @http.get and @query stand above one function"),
+        ("@http.get('/a')\n@action\nasync def route(ctx: ActionCtx) -> None: ...", "leave @action out"),
     ],
 )
 def test_a_route_that_nobody_could_reach_is_refused_at_load(tmp_path: Path, functions: str, problem: str) -> None:

@@ -286,6 +286,7 @@ async def test_the_class_may_stand_in_the_schema_or_in_a_module_of_helpers(tmp_p
     [
         ({"a": "class A(Settings): ...", "b": "class B(Settings): ..."}, r"functions\.b\.B and functions\.a\.A both"),
         ({"a": "class A(Settings):\n    maxViewers: int = 1"}, r"functions\.a\.A\.maxViewers: .* snake_case"),
+        ({"a": "class A(Settings):\n    key: Secret = 'told'"}, r"functions\.a\.A\.key: a text is no Secret"),
         ({"a": "class A(Settings):\n    word: 'Missing'"}, r"functions\.a\.A: name 'Missing' is not defined"),
     ],
 )

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import re
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,40 @@ async def test_an_upload_that_fails_leaves_nothing(tmp_path: Path) -> None:
         await app.idle()
         assert len(files_on_disk(tmp_path)) == 1
         assert loose_files(app) == []
+
+
+@pytest.mark.parametrize("content_type", ["html", "text/html, image/png", "image/png\r\nSet-Cookie: a=b", "imäge/png"])
+async def test_a_content_type_that_could_not_be_a_header_is_refused(tmp_path: Path, content_type: str) -> None:
+    async with opened(tmp_path) as app:
+        failure = await app.failure("m:store", content=b"hello", content_type=content_type)
+        assert failure.code == "InvalidArgument"
+        assert files_on_disk(tmp_path) == []
+
+
+async def test_an_upload_that_is_cancelled_while_it_gets_its_place_leaves_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as app:
+        files = app.engine.files
+        is_putting, may_put, put = threading.Event(), threading.Event(), files._store.put
+
+        def put_slowly(name: str, source: Path) -> None:
+            content = source.read_bytes()  # as it is sent to a bucket, whatever becomes of its name
+            is_putting.set()
+            assert may_put.wait(SECONDS_MAX)
+            source.write_bytes(content)
+            put(name, source)
+
+        files._store.put = put_slowly
+        upload = asyncio.create_task(files.store(in_chunks(b"hello"), None))
+        assert await asyncio.to_thread(is_putting.wait, SECONDS_MAX)
+        upload.cancel()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not upload.done(), "else its bytes come when nothing names them any more"
+        may_put.set()
+        with pytest.raises(asyncio.CancelledError):
+            await upload
+        await app.idle()
+        assert (files_on_disk(tmp_path), loose_files(app)) == ([], [])
 
 
 async def test_one_who_waits_for_a_sender_too_long_gives_up(tmp_path: Path) -> None:

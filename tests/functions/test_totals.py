@@ -369,6 +369,18 @@ async def test_a_page_runs_again_when_a_row_above_comes_or_goes_not_when_one_cha
         assert [score.points for score in (await newest(pages)).page] == [35, 30]
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_the_first_page_runs_again_when_a_row_enters_above_all_others(app: OpenApp, order: str) -> None:
+    await app.call("m:score", points=[50, 40, 30])
+    async with app.watched("m:page", number=0, order=order) as pages:
+        points = 99 if order == "desc" else 1
+        await app.call("m:score", points=[points])
+        assert [score.points for score in (await newest(pages)).page] == [points, 50 if order == "desc" else 30]
+        await app.call("m:score", points=[45])
+        await app.idle()
+        assert app.run_count("m:page") == 1
+
+
 async def test_a_page_that_is_not_full_waits_for_more(app: OpenApp) -> None:
     await app.call("m:score", points=[50, 40, 30])
     async with app.watched("m:page", number=1) as second, app.watched("m:page", number=2) as third:

@@ -52,6 +52,8 @@ async def whose(ctx) -> str | None: return ctx.auth.identity().claims.get("tenan
 @query
 async def get(ctx, id: Id[Message]) -> Message | None: return await ctx.db.get(id)
 @query
+async def far(ctx) -> None: ctx.rerun_at(1e300)
+@query
 async def fails(ctx) -> None: raise AppError("no")
 @mutation
 async def send(ctx, room: str, text: str = "", at: float | None = None) -> Id[Message]:
@@ -147,9 +149,50 @@ async def test_each_push_is_traced_to_commit_function_document_and_read(tmp_path
         assert told == {("m:newest", False), ("m:total", True)}, "a run that changed nothing is told as such"
 
 
+async def test_a_push_to_one_who_sees_something_else_now_is_traced_too(tmp_path: Path) -> None:
+    functions = """
+from engine import Policy, policy
+from schema import Message, User
+@query(internal=True)
+async def is_user(ctx) -> bool:
+    identity = ctx.auth.identity()
+    return identity is not None and await ctx.db.query(User.by_subject, subject=identity.subject).unique() is not None
+@policy(Message, viewer=is_user)
+class MessagePolicy(Policy[bool]):
+    def read(self, message): return self.viewer
+@query
+async def texts(ctx) -> list[str]: return [message.text async for message in ctx.db.query(Message)]
+@mutation(internal=True)
+async def send(ctx, text: str) -> None: await ctx.db.insert(Message(room="r", text=text))
+@mutation(internal=True)
+async def add(ctx, subject: str) -> Id[User]: return await ctx.db.insert(User(subject=subject))
+"""
+    async with open_app(tmp_path, functions, schema=SCHEMA) as app:
+        await app.engine.mutation("m:send", text="hello")
+        printed: list[Reran] = []
+        PushTrace(app.engine.events, printed.append)
+        subscriber = Subscriber(app.engine, person("alice"))
+        subscriber.ask(0, "m:texts")
+        await subscriber.catch_up()
+        assert subscriber.value() == []
+        id = await app.engine.mutation("m:add", subject="alice")
+        await subscriber.catch_up()
+        assert subscriber.value() == ["hello"]
+        assert [(push.path, push.arguments, push.cause.write) for push in printed] == [
+            ("m:is_user", b"{}", f"users/{id}"),
+            ("m:texts", b"{}", f"users/{id}"),
+        ]
+        assert printed[1].cause.read.endswith("; so m:is_user returned something else")
+
+
 async def test_nobody_who_traces_means_no_reasons_are_looked_for(tmp_path: Path) -> None:
     async with open_app(tmp_path, FUNCTIONS, schema=SCHEMA) as app, app.watched("m:total", room="r"):
         await app.engine.mutation("m:send", room="r")
         await app.idle()
         assert app.run_count("m:total") == 1
         assert not any(isinstance(event, Reran) for event in app.events)
+
+
+async def test_a_moment_that_no_calendar_has_is_told_as_a_number(tmp_path: Path) -> None:
+    async with open_app(tmp_path, FUNCTIONS, schema=SCHEMA) as app:
+        assert "or at 1e+300 ms since the epoch" in text_of(await explain(app, "m:far", b"{}"))

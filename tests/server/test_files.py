@@ -177,7 +177,7 @@ async def test_a_digest_that_is_sent_along_is_checked(served: Served) -> None:
 
 
 async def test_a_content_type_that_is_none_is_refused(served: Served) -> None:
-    for content_type in ("html", "/", "text/", "te xt/plain", f"{'a' * 200}/{'b' * 60}"):
+    for content_type in ("html", "/", "text/", "te xt/plain", "text/plain, text/html", f"{'a' * 200}/{'b' * 60}"):
         status, answer = await served.post(Content_Type=content_type)
         assert (status, answer["code"]) == (400, "InvalidArgument"), content_type
 
@@ -327,7 +327,7 @@ INLINE = [
 ]  # fmt: skip
 DOWNLOADS = [
     "text/html", "Text/HTML; charset=utf-8", "image/svg+xml", "image/SVG+XML", "application/xhtml+xml", "text/xml",
-    "text/javascript", "application/octet-stream", "x/y",
+    "text/javascript", "application/octet-stream", "x/y", "image/png;a=b,text/html", "text/plain; charset=x, text/html",
 ]  # fmt: skip
 
 

@@ -251,6 +251,15 @@ async def test_a_body_that_does_not_arrive_in_time_is_refused(tmp_path: Path) ->
         assert (await real.ask("POST", "/app/any", data=endless())).refusal == (408, "RequestTimeout")
 
 
+@pytest.mark.parametrize("path", ["/app/any", "/api/query"])
+async def test_a_body_that_is_not_encoded_as_it_says_is_refused_and_nobody_is_alarmed(
+    real: RealServer, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = await real.ask("POST", path, data=b"not gzip", headers={"Content-Encoding": "gzip"})
+    assert reply.refusal == (400, "BadRequest")
+    assert [record for record in caplog.records if record.name == "engine.server"] == []
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ def test_a_newer_format_is_refused_untouched(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE _engine_meta SET format_version = 99")
         connection.commit()
-    assert "has format 99, this engine reads up to 1. Use a newer engine" in refused(path)
+    assert "has format 99, this engine reads up to 2. Use a newer engine" in refused(path)
 
 
 def test_a_file_that_is_no_database_is_refused_untouched(tmp_path: Path) -> None:

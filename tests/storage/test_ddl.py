@@ -16,7 +16,7 @@ from engine.ids import Id, creation_time_of, make_id, table_tag
 from engine.limits import Limits
 from engine.schema import IndexDeclaration, Table, compile_schema, index, unique
 from engine.storage import ddl
-from engine.storage.connections import Database, WriterConnection
+from engine.storage.connections import FORMAT_VERSION, Database, WriterConnection
 from engine.storage.rows import RowCodec
 
 TICK = 1_790_812_800_000 * 4096
@@ -149,6 +149,25 @@ def test_a_schema_lasts_over_reopening(tmp_path: Any) -> None:
 
 
 # -- changes that are applied
+
+
+def test_a_file_of_an_older_format_gets_the_newest_with_what_the_older_engine_could_not_keep(
+    writer: WriterConnection,
+) -> None:
+    def format_version() -> int:
+        ((version,),) = writer.fetch_all('SELECT "format_version" FROM "_engine_meta"')
+        return int(version)
+
+    old = {"columns": {}, "indexes": {}}  # as format 1 described a table
+    writer.execute(
+        'UPDATE "_engine_meta" SET "format_version" = 1, "schema_json" = ?',
+        (msgspec.json.encode({"things": old}).decode(),),
+    )
+    writer.execute('CREATE TABLE "things" ("_creation" INTEGER PRIMARY KEY, "id" TEXT NOT NULL) STRICT')
+    apply(writer, table())
+    assert format_version() == 1  # nothing was done
+    apply(writer, table(level=(int, 1)))
+    assert format_version() == FORMAT_VERSION
 
 
 def test_a_table_is_added_beside_others(writer: WriterConnection) -> None:

@@ -1,6 +1,7 @@
 """Group commit, timestamps, and what happens when storage refuses: on real files, counting what SQLite was told."""
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -382,6 +383,24 @@ async def test_a_culprit_that_hides_the_error_and_writes_on_commits_nothing() ->
         assert isinstance(sent.one.error, StorageFull)
         assert len(refused) == 2
         assert app.names() == []
+
+
+async def test_a_culprit_that_hides_the_error_in_a_savepoint_fails_alone() -> None:
+    async with open_committer() as app:
+
+        def work(transaction: WriteTransaction) -> bytes:
+            with transaction.nested(), contextlib.suppress(StorageFull):
+                transaction.insert(Thing(name=LARGE))
+            return b"null"
+
+        with full_disk(app.database.writer, free_page_count=5):
+            before, culprit, after = app.add("before"), app.submit(work), app.add("after")
+            await app.idle()
+        assert isinstance(culprit.one.error, StorageFull)
+        assert before.has_succeeded
+        assert after.has_succeeded
+        assert app.names() == ["before", "after"]
+        assert not app.fatal
 
 
 async def test_the_lock_that_another_program_takes_when_sqlite_undid_a_group_is_waited_for(tmp_path: Path) -> None:

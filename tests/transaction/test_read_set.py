@@ -58,16 +58,21 @@ def test_read_sets_are_equal_when_the_same_writes_touch_them() -> None:
 
 
 def test_searches_are_bounded_with_ranges_and_compared_like_them() -> None:
+    def search_for(text: str) -> SearchRead:
+        return SearchRead("things", "search", (("kind", "a"),), terms_of(text))
+
     def searched(*texts: str) -> ReadSet:
         read_set = ReadSet(2)
         for text in texts:
-            read_set.add_search(SearchRead("things", "search", (("kind", "a"),), terms_of(text)))
+            read_set.add_search(search_for(text))
         return read_set
 
     assert searched("goal oka").equals(searched("GOAL, oka"))
     assert not searched("goal").equals(searched("goal", "oka"))
     read_set = searched("goal")
-    read_set.merge(searched("oka"))
+    nested = read_set.fresh()
+    nested.add_search(search_for("oka"))
+    read_set.merge(nested)
     assert read_set.equals(searched("goal", "oka"))
     with pytest.raises(LimitExceeded, match="3 used, 2 allowed"):
         read_set.add_range(range_of("a"))
@@ -81,3 +86,17 @@ def test_each_number_of_a_cell_is_a_dependency_of_its_own() -> None:
     assert not one.equals(other)
     one.merge(other)
     assert one.cells == {count, total}
+
+
+def test_what_a_nested_query_reads_is_bounded_with_what_its_caller_read_and_is_all_there_afterwards() -> None:
+    caller = ReadSet(3)
+    caller.add_range(range_of("a"))
+    nested = caller.fresh()
+    nested.add_range(range_of("b"))
+    nested.add_key_range(range_of("c"))
+    with pytest.raises(LimitExceeded, match="index ranges read: 4 used, 3 allowed"):
+        nested.add_range(range_of("d"))
+    caller.merge(nested)
+    assert (caller.ranges, caller.key_ranges) == ([range_of("a"), range_of("b")], [range_of("c")])
+    with pytest.raises(LimitExceeded, match="index ranges read: 4 used, 3 allowed"):
+        caller.add_range(range_of("d"))

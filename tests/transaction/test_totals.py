@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.errors import TotalOverflow
+from engine.errors import LimitExceeded, TotalOverflow
 from engine.limits import Limits
 from engine.live.invalidation import InvalidationIndex
 from engine.ranges import IndexRange, OrderKey, after, before, key_prefix
@@ -88,7 +88,7 @@ BY_POINTS, BY_ACTIVE = STORE.table.indexes_by_name["by_points"], STORE.table.ind
 boards, actives, points = (
     st.sampled_from("abc"),
     st.sampled_from([None, False, True]),
-    st.sampled_from([None, -5, 0, 3]),
+    st.sampled_from([None, -5, 0, 3, 9]),
 )
 fields = st.fixed_dictionaries(
     {}, optional={"board": boards, "active": actives, "points": points, "note": st.sampled_from(["", "n"])}
@@ -191,7 +191,8 @@ def asks(draw: st.DrawFn) -> Ask:
     index_range, descending = draw(ranges(BY_POINTS)), draw(st.booleans())
     if kind is RankOf:
         return RankOf(index_range, descending, draw(some_of(STORE.documents(with_deleted=True))).id)
-    return PageOf(index_range, descending, draw(st.integers(0, 60)), draw(st.integers(1, 30)))
+    skip = draw(st.just(0) | st.integers(0, 60))  # often the first page
+    return PageOf(index_range, descending, skip, draw(st.integers(1, 3) | st.integers(1, 30)))
 
 
 class NobodyHoldsWhatIsNoLongerTrue(RuleBasedStateMachine):
@@ -316,6 +317,14 @@ def test_a_total_a_count_and_a_rank_are_few_documents_against_the_limits() -> No
 
 
 # -- writes
+
+
+def test_a_rank_that_fails_for_the_size_of_its_document_depends_on_it() -> None:
+    read = ReadTransaction(STORE.writer, STORE.catalog, Limits(read_size_bytes_max=1))
+    document, *_ = STORE.documents()
+    with pytest.raises(LimitExceeded, match="bytes read"):
+        RankOf(everything(BY_POINTS), False, document.id).ask(read)
+    assert set(read.read_set.documents) == {("scores", document.id)}
 
 
 def test_a_write_that_takes_a_sum_too_far_leaves_nothing_behind() -> None:

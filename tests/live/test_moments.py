@@ -1,0 +1,61 @@
+"""When queries are due by time alone: what is kept of it, and what follows when the commit for it fails."""
+
+from engine import Limits
+from engine.live.live_query import Ask, LiveQuery
+from engine.live.moments import Moments
+from engine.live.view import View
+from engine.testing import ManualClock
+
+DAY_MS = 86_400_000.0
+
+
+class Watcher(View):
+    """One who never takes."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def live_query(*, is_watched: bool = False) -> LiveQuery:
+    made = LiveQuery(Ask("m:q", b"{}", None), None, None, is_restricted=True)
+    if is_watched:
+        made.watchers[Watcher()] = {0}
+    return made
+
+
+class Waiting:
+    """Moments, and the commits that they asked for."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.asked_at: list[float] = []  # s since the start
+        self.moments = Moments(self.clock, Limits(), self._ask, lambda dropped: self.moments.put(dropped, None))
+
+    def _ask(self) -> bool:
+        self.asked_at.append(self.clock.monotonic())
+        return True
+
+
+async def test_what_is_not_true_any_more_is_not_kept_until_its_time() -> None:
+    waiting = Waiting()
+    now, kept = waiting.moments.now_ms(), live_query(is_watched=True)
+    for number in range(1_000):
+        waiting.moments.put(kept, now + DAY_MS + number)
+        dropped = live_query()
+        waiting.moments.put(dropped, now + DAY_MS)
+        waiting.moments.put(dropped, None)
+    assert len(waiting.moments) < 100
+    waiting.clock.advance(days=1, seconds=1)
+    assert waiting.moments.due() == {kept}
+    assert len(waiting.moments) == 0
+
+
+async def test_a_commit_that_was_asked_for_and_did_not_come_is_asked_for_again() -> None:
+    waiting = Waiting()
+    due = live_query(is_watched=True)
+    waiting.moments.put(due, waiting.moments.now_ms() + 1_000)
+    waiting.clock.advance(3.5)
+    assert waiting.asked_at == [1, 2, 3]
+    assert waiting.moments.due() == {due}
+    waiting.clock.advance(60)
+    assert waiting.asked_at == [1, 2, 3]

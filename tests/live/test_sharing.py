@@ -1,0 +1,71 @@
+"""Who shares which result, where queries call queries that ask who asks."""
+
+import asyncio
+from pathlib import Path
+
+from engine import Limits
+from tests.functions.apps import SECONDS_MAX, open_app
+from tests.small_engine import Subscriber, person
+
+ALICE = person("alice")
+
+
+async def test_a_query_goes_by_what_it_saw_itself_where_the_one_that_it_calls_was_cut_short_alone(
+    tmp_path: Path,
+) -> None:
+    functions = """
+IS_CUT = []
+
+@query
+async def name(ctx) -> str:
+    await ctx.db.query(Name).collect()
+    while IS_CUT: pass
+    return ctx.auth.identity().subject
+@query
+async def greeting(ctx) -> str: return "hello " + await ctx.run_query(name)
+@mutation
+async def cut(ctx) -> None:
+    IS_CUT.append(1)
+    await ctx.db.insert(Name(name="cut"))
+@action
+async def cut_no_more(ctx) -> None: IS_CUT.clear()
+"""
+    limits = Limits(run_slow_ms=10_000, run_ms_max=200)
+    async with open_app(tmp_path, functions, limits=limits) as app, asyncio.timeout(SECONDS_MAX):
+        first, second = Subscriber(app.engine, ALICE), Subscriber(app.engine, ALICE)
+        first.ask(0, "m:name")
+        await first.catch_up()
+        await app.engine.mutation("m:cut")
+        await first.catch_up()
+        assert first.results[0].failure is not None, "its run was stopped"
+        await app.engine.action("m:cut_no_more")
+        second.ask(0, "m:greeting")
+        await second.catch_up()
+        assert second.value() == "hello alice"
+        await first.catch_up()
+        assert first.value() == "alice", "what was cut short has been made good by the way"
+
+
+async def test_a_page_inside_of_a_query_keeps_its_end_also_where_somebody_watches_that_page(tmp_path: Path) -> None:
+    functions = """
+@query
+async def mine(ctx, pagination_opts: PaginationOptions) -> Page[Item]:
+    ctx.auth.identity().subject
+    return await ctx.db.query(Item.by_key, key="a").paginate(pagination_opts)
+@query
+async def ranks(ctx, pagination_opts: PaginationOptions) -> list[int]:
+    return [item.rank for item in (await ctx.run_query(mine, pagination_opts=pagination_opts)).page]
+@mutation
+async def add(ctx, rank: int) -> None: await ctx.db.insert(Item(key="a", rank=rank))
+"""
+    async with open_app(tmp_path, functions) as app:
+        for rank in (0, 10, 20, 30):
+            await app.engine.mutation("m:add", rank=rank)
+        subscriber = Subscriber(app.engine, ALICE)
+        for query_id, path in enumerate(("m:mine", "m:ranks")):
+            subscriber.ask(query_id, path, paginationOpts={"numItems": 2, "cursor": None})
+            await subscriber.catch_up()
+        for rank in (1, 2, 3):
+            await app.engine.mutation("m:add", rank=rank)
+            await subscriber.catch_up()
+        assert subscriber.value(1) == [0, 1, 2, 3, 10]
