@@ -156,6 +156,8 @@ class Run:
     def end(self, transaction: ReadTransaction | None = None) -> None:
         """The function has returned (invariant 3)."""
         self._is_open = False
+        # each holds this run: all that it used would wait for the garbage collector
+        self._tracked_identity = self._transaction = None
         if transaction is not None:
             transaction.lift_limits()
             transaction.run = None
@@ -297,7 +299,7 @@ def drive(watchdog: Watchdog, run: Run, start: Callable[[], Any]) -> Any:
 
 def drive_inside(run: Run, value: Any) -> Any:
     """What a coroutine returns that is called where nobody can wait: a policy's or a trigger's, inside of a run."""
-    if not isawaitable(value):
+    if value is True or value is False or not isawaitable(value):  # a predicate's, often: asking is slower than it
         return value
     was_inside, run.is_inside = run.is_inside, True
     coroutine: Any = value.__await__()
