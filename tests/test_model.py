@@ -35,6 +35,7 @@ CONTROL = settings(
     derandomize=True,
     database=None,
     phases=[Phase.generate],  # that it is found is enough
+    report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 STEPS = settings(stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -286,7 +287,7 @@ def _drop_invalidations(patch: pytest.MonkeyPatch) -> None:
 
 
 def _ignore_old_keys(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(invalidation, "_keys_of", lambda index, write: (None, write.new and index.key_of(write.new)))
+    patch.setattr(invalidation, "_keys_of", lambda key_of, write: (None, write.new and key_of(write.new)))
 
 
 def _leave_ranges_uncut(patch: pytest.MonkeyPatch) -> None:
