@@ -11,7 +11,7 @@ NODE_MODULES := $(CLIENTS)/node_modules/.package-lock.json
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types unit bench clean
+.PHONY: help run test lint types unit bench flames clean
 
 help: ## say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -39,10 +39,13 @@ unit: .venv/installed-dev $(NODE_MODULES) ## pytest, with the official clients i
 
 bench: .venv/installed-bench ## what it costs; the figures so far are in bench/RESULTS.md
 	$(BIN)/pytest bench
-	$(BIN)/python -m bench.load
+	$(BIN)/python -m bench.load --short
+
+flames: .venv/installed-bench ## flame graphs of the server under load, into bench/flames
+	$(BIN)/python -m bench.load --only 1,4,7 --flames bench/flames
 
 clean: ## remove what the other targets made, but not the data
-	rm -rf .venv $(CLIENTS)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(CLIENTS)/node_modules bench/peers/*/.venv bench/peers/*/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -57,7 +57,7 @@ class Chat:
         self.game_ids = [cast("Id[Game]", self._write(ticks).insert(game)) for game in games]
         messages = map(self.message, range(MESSAGE_COUNT))
         self.message_ids = [cast("Id[Message]", self._write(ticks).insert(message)) for message in messages]
-        writer.write_meta(1, ticks.last_tick)
+        writer.write_meta(1, ticks.last_tick, 0)
         writer.commit()
 
     def message(self, number: int) -> Message:

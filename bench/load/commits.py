@@ -1,15 +1,16 @@
-"""The raw limit of writing: the SQLite statements of `watch_progress:update_progress` in grouped commits, and no more.
+"""The raw limit of writing: the SQLite statements of a mutation in grouped commits, and no more.
 
 One connection and one thread; no functions, no sockets. WAL and `synchronous=FULL` as in the engine, on a copy of the
 database that the load left: the same tables, indexes and rows.
 
-Invariant: a step of `_mutations` runs the statements that the engine runs for one such mutation, in its order; once a
-group come BEGIN IMMEDIATE, the row with the engine's timestamps, and COMMIT.
+Invariant: a step of `progress_updates` runs the statements that the engine runs for one
+`watch_progress:update_progress`, in its order, a step of `transfers` those for one `accounts:transfer`; once a group
+come BEGIN IMMEDIATE, the row with the engine's timestamps, and COMMIT.
 """
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -39,6 +40,8 @@ _PROGRESS_UPDATE = (
     "UPDATE user_watch_progress SET position_seconds = ?, completion_percentage = ?, last_watched_at = ?"
     " WHERE _creation = ? AND id = ?"
 )
+_ACCOUNT_BY_ID = "SELECT _creation, id, balance FROM accounts WHERE _creation = ? AND id = ?"
+_ACCOUNT_UPDATE = "UPDATE accounts SET balance = ? WHERE _creation = ? AND id = ?"
 _META_UPDATE = "UPDATE _engine_meta SET ts = ?, tick = ?"
 _WAL_PAGE_COUNT_MAX = 1_024  # then a checkpoint, as in the engine
 
@@ -51,12 +54,15 @@ class RawCommits(msgspec.Struct, frozen=True):
     p99_ms: float
 
 
-def raw_commits(database: Path, group_count: int, seconds: float) -> RawCommits:
+Mutations = Callable[[sqlite3.Connection], Iterator[None]]  # each step runs the statements of one mutation
+
+
+def raw_commits(database: Path, group_count: int, seconds: float, mutations_on: Mutations) -> RawCommits:
     """Commit groups of so many mutations for so long."""
     connection = sqlite3.connect(database, isolation_level=None, cached_statements=512)
     for pragma in ("journal_mode = WAL", "synchronous = FULL", f"wal_autocheckpoint = {_WAL_PAGE_COUNT_MAX}"):
         connection.execute(f"PRAGMA {pragma}")
-    mutations = _mutations(connection)
+    mutations = mutations_on(connection)
     milliseconds: list[float] = []
     deadline = time.perf_counter() + seconds
     while (began := time.perf_counter()) < deadline:
@@ -71,8 +77,8 @@ def raw_commits(database: Path, group_count: int, seconds: float) -> RawCommits:
     return RawCommits(per_second, percentile(milliseconds, 50), percentile(milliseconds, 99))
 
 
-def _mutations(connection: sqlite3.Connection) -> Iterator[None]:
-    """Each step runs the statements of one mutation, for one user after the other."""
+def progress_updates(connection: sqlite3.Connection) -> Iterator[None]:
+    """For one user after the other."""
     rows = connection.execute(
         "SELECT token_identifier, user_id, content_id FROM user_watch_progress JOIN users ON users.id = user_id"
     ).fetchall()
@@ -92,6 +98,26 @@ def _mutations(connection: sqlite3.Connection) -> Iterator[None]:
         execute(_PROGRESS_UPDATE, (position, position / 36, time.time() * 1_000, tick, document_id))
         result = b'"' + document_id.encode() + b'"'
         execute(_LEDGER_INSERT, (session_id, request_id, bytes(16), time.time_ns(), result))
+        execute("RELEASE run")
+        yield
+
+
+def transfers(connection: sqlite3.Connection) -> Iterator[None]:
+    """From one account to the next."""
+    ids = [row[0] for row in connection.execute("SELECT id FROM accounts").fetchall()]
+    session_id = f"{time.time_ns():032x}"
+    execute = connection.execute
+    for request_id in count():
+        pair = [ids[request_id % len(ids)], ids[(request_id + 1) % len(ids)]]
+        execute(_LEDGER_LOOKUP, (session_id, request_id)).fetchall()
+        execute("SAVEPOINT run")
+        for _ in ("by the function", "for the write"):
+            accounts = [
+                execute(_ACCOUNT_BY_ID, (_tick_of(document_id), document_id)).fetchone() for document_id in pair
+            ]
+        for (tick, document_id, balance), change in zip(accounts, (-1, 1), strict=True):
+            execute(_ACCOUNT_UPDATE, (balance + change, tick, document_id))
+        execute(_LEDGER_INSERT, (session_id, request_id, bytes(16), time.time_ns(), b"null"))
         execute("RELEASE run")
         yield
 

@@ -1,4 +1,6 @@
-"""What an idle subscriber costs: growth of the server's resident memory by 1,000 signed-in viewers of one chat.
+"""What an idle subscriber costs: growth of the server's resident memory by 10,000 signed-in viewers of one chat.
+
+They are held for a while: all sockets must stay open.
 
 The raw limit is the same number of idle sockets on the bare aiohttp server of `broadcast.py`.
 """
@@ -9,16 +11,19 @@ from pathlib import Path
 
 from bench.load.client import Client, Crowd
 from bench.load.demo import first_id, subjects
-from bench.load.figures import Figure
-from bench.load.processes import Tokens, engine_server, listening
+from bench.load.figures import Figure, Goal
+from bench.load.processes import Tokens, engine_server, ensure_files, listening
 from bench.load.stretches import Options
 
+SUBSCRIBER_COUNT = 10_000
 _WARM_COUNT = 100  # clients before the first reading, so that pools and caches are there already
 _REST_SECONDS = 1.0  # before a reading
 
 
 async def run(options: Options) -> list[Figure]:
-    names = subjects(_WARM_COUNT + options.viewer_count)
+    subscriber_count = options.size(SUBSCRIBER_COUNT)
+    ensure_files(_WARM_COUNT + subscriber_count)
+    names = subjects(_WARM_COUNT + subscriber_count)
     tokens = Tokens()
     async with engine_server(tokens) as server:
         crowd = Crowd(server.port)
@@ -31,18 +36,19 @@ async def run(options: Options) -> list[Figure]:
         await asyncio.sleep(_REST_SECONDS)
         before = server.usage.resident_bytes
         await crowd.join(names[_WARM_COUNT:], tokens.sign, prepare)
-        await asyncio.sleep(_REST_SECONDS)
-        growth = server.usage.resident_bytes - before
+        await crowd.unless_lost(asyncio.sleep(max(_REST_SECONDS, options.seconds)))
+        growth, held_count = server.usage.resident_bytes - before, crowd.open_count - _WARM_COUNT
         crowd.close()
-    raw_growth = await _idle_sockets(options)
-    per_kibibyte = 1024 * options.viewer_count
+    raw_growth = await _idle_sockets(subscriber_count)
+    per_kibibyte, goal = 1024 * subscriber_count, Goal(10, "≤", 1.2, of="ratio")
     return [
-        Figure("memory", "an idle subscriber", growth / per_kibibyte, "KiB", raw_growth / per_kibibyte),
+        Figure("memory", "an idle subscriber", growth / per_kibibyte, "KiB", raw_growth / per_kibibyte, goal),
+        Figure("memory", "subscribers held", held_count, "", subscriber_count, Goal(10, "≥", 1, of="ratio")),
         Figure("memory", f"server with {_WARM_COUNT} subscribers", before / 2**20, "MiB"),
     ]
 
 
-async def _idle_sockets(options: Options) -> int:
+async def _idle_sockets(socket_count: int) -> int:
     """How much the raw server grows, in bytes."""
     with tempfile.TemporaryDirectory() as name:
         frame = Path(name) / "frame"
@@ -57,7 +63,7 @@ async def _idle_sockets(options: Options) -> int:
                 return server.usage.resident_bytes
 
             before = await open_idle(_WARM_COUNT)
-            growth = await open_idle(options.viewer_count) - before
+            growth = await open_idle(socket_count) - before
             crowd.close()
     return growth
 

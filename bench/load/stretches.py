@@ -1,10 +1,15 @@
 """One stretch of load: how it is paced, how long it took, what it cost."""
 
 import asyncio
+import contextlib
 import os
+import re
+import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import msgspec
 
@@ -13,10 +18,47 @@ from bench.load.processes import Server, busy_cpu_seconds, usage_of
 
 Send = Callable[[Callable[[], None]], None]  # sends one mutation; the callable it is given is called when that is over
 
+_SHORT_DIVISOR = 10
+_FLAME_SAMPLES_PER_SECOND = 250
+_TITLE = re.compile('(<text id="title"[^>]*>)[^<]*<')  # py-spy puts its own command there
+
 
 class Options(msgspec.Struct, frozen=True):
     seconds: float = 10.0  # of each stretch
     viewer_count: int = 1_000
+    is_short: bool = False
+    flames: Path | None = None  # the directory for flame graphs; None: none are made
+
+    def size(self, count: int) -> int:
+        """How many of what makes a workload large: a tenth in the short form."""
+        return count // _SHORT_DIVISOR if self.is_short else count
+
+    @asynccontextmanager
+    async def flame(self, server: Server, name: str) -> AsyncIterator[None]:
+        """Record where the server is while the block runs, at most `seconds`: `NAME.svg`. Costs it some speed."""
+        if self.flames is None:
+            yield
+            return
+        self.flames.mkdir(parents=True, exist_ok=True)
+        target = self.flames / f"{name}.svg"
+        sampler = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        if sampler is None:
+            raise RuntimeError("flame graphs need py-spy: pip install '.[bench]'")
+        arguments = ["record", "--pid", str(server.pid), "--output", str(target), "--duration", f"{self.seconds:.0f}"]
+        arguments += ["--rate", str(_FLAME_SAMPLES_PER_SECOND)]
+        recording = await asyncio.create_subprocess_exec(
+            sampler, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        try:
+            yield
+            output, _ = await recording.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                recording.kill()
+        if recording.returncode:
+            raise RuntimeError(f"py-spy ended with {recording.returncode}: {output.decode()[-500:]}")
+        title = f"{name}: the server, {_FLAME_SAMPLES_PER_SECOND} samples/s of each thread that is not idle"
+        target.write_text(_TITLE.sub(rf"\g<1>{title}<", target.read_text()))
 
 
 class Cost(msgspec.Struct):
@@ -28,9 +70,13 @@ class Cost(msgspec.Struct):
     other_cpu_seconds: float = 0.0  # of all else on the machine: above a few per cent the figures are too low
 
     def figures(self, workload: str) -> Iterator[Figure]:
-        yield Figure(workload, "server, of one core", 100 * self.server_cpu_seconds / self.seconds, "%")
+        yield Figure(workload, "server, of one core", self.server_percent, "%")
         yield Figure(workload, "load generator, of one core", 100 * self.load_cpu_seconds / self.seconds, "%")
         yield Figure(workload, "anything else, of one core", self.other_percent, "%")
+
+    @property
+    def server_percent(self) -> float:
+        return 100 * self.server_cpu_seconds / self.seconds
 
     @property
     def other_percent(self) -> float:
@@ -70,19 +116,24 @@ async def by_timetable(send: Send, *, per_second: float, seconds: float) -> None
     await idle.wait()
 
 
-async def as_acknowledged(send: Send, *, seconds: float = float("inf"), count: int | None = None) -> None:
-    """Send the next when the last is over, until the time is up or so many were sent."""
+async def as_acknowledged(
+    send: Send, *, seconds: float = float("inf"), count: int | None = None, in_flight_count: int = 1
+) -> None:
+    """Send the next when one is over, until the time is up or so many were sent; returns when all are over."""
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    deadline, left = time.perf_counter() + seconds, count
+    deadline, left, going_count = time.perf_counter() + seconds, count, in_flight_count
 
     def send_next() -> None:
-        nonlocal left
+        nonlocal left, going_count
         if left == 0 or time.perf_counter() > deadline:
-            ended.set_result(None)
+            going_count -= 1
+            if not going_count:
+                ended.set_result(None)
             return
         if left is not None:
             left -= 1
         send(send_next)
 
-    send_next()
+    for _ in range(in_flight_count):
+        send_next()
     await ended
