@@ -28,6 +28,7 @@ from engine.live.live_query import Result
 from engine.live.publisher import Publisher
 from engine.live.view import View
 from engine.observe.explain import Explanation, explain_run
+from engine.observe.profile import Profile, recording
 from engine.sync.backend import ActionOutcome, Credential, MutationOutcome
 from engine.transaction.committer import Committer, Execution, Settled, Submission
 from engine.transaction.ledger import Ledger, LedgerKey
@@ -147,14 +148,14 @@ class EngineBackend:
         except RequestError as error:
             failure = self._runner.failures.of(error, path)
             return Result(ts, Outcome(None, failure, ()), None)
-        run = await self._run_at(ts, call, _caller(identity, is_admin=is_admin))
+        run = await self._run_at(ts, call, caller_of(identity, is_admin=is_admin))
         return Result(ts, run.outcome, None)
 
     async def http_mutation(
         self, path: str, arguments: bytes, identity: Identity | None, *, is_admin: bool = False
     ) -> MutationOutcome:
         done: asyncio.Future[MutationOutcome] = asyncio.get_running_loop().create_future()
-        self._submit(path, arguments, _caller(identity, is_admin=is_admin), None, _into(done), is_admin=is_admin)
+        self._submit(path, arguments, caller_of(identity, is_admin=is_admin), None, _into(done), is_admin=is_admin)
         return await done
 
     async def http_action(
@@ -166,7 +167,7 @@ class EngineBackend:
             return ActionOutcome(None, self._runner.failures.of(error, path))
         self._action_count += 1
         try:
-            outcome = await self._runner.run_action(call, _caller(identity, is_admin=is_admin), self)
+            outcome = await self._runner.run_action(call, caller_of(identity, is_admin=is_admin), self)
         finally:
             self._action_count -= 1
         return ActionOutcome(outcome.value, outcome.failure, outcome.log_lines)
@@ -182,6 +183,12 @@ class EngineBackend:
             return explain_run(call.function.path, run, transaction)
         finally:
             self._snapshots.give_back(reader)
+
+    async def profile(self, seconds: float) -> Profile:
+        """Where the loop's time goes, from now on for so long. Raises Overloaded when that cannot be told."""
+        with recording() as recorded:
+            await self._clock.sleep(seconds)
+        return await asyncio.to_thread(recorded.profile)  # putting thousands of stacks into words takes its time
 
     def function_kind(self, path: str, *, is_admin: bool = False) -> FunctionKind | None:
         """The kind of a function that this caller may call; None if there is none of this path."""
@@ -219,7 +226,8 @@ class EngineBackend:
             self._action_count -= 1
 
     async def authenticate_header(self, authorization: str) -> Verified:
-        return await self._authenticator.authenticate(parse_authorization(authorization))
+        known = self._authenticator.known(authorization)
+        return known or await self._authenticator.authenticate(parse_authorization(authorization))
 
     # -- of an action (`functions/calls.py`, Transactions)
 
@@ -228,9 +236,7 @@ class EngineBackend:
         return run.outcome
 
     async def run_mutation(self, call: Call, caller: Caller) -> Outcome:
-        settled = await self._commit(
-            lambda transaction: self._runner.execute_mutation(call, caller, transaction), call.function.path
-        )
+        settled = await self._commit(self._execution_of(call, caller, is_admin=True), call.function.path)
         if settled.error is not None:
             return Outcome(None, self._runner.failures.of(settled.error, call.function.path), ())
         assert settled.execution is not None
@@ -317,20 +323,28 @@ class EngineBackend:
                 ts = settled.ts if outcome.failure is None else None
                 done(MutationOutcome(ts, outcome.value, outcome.failure, outcome.log_lines))
 
-        def execute(transaction: WriteTransaction) -> Execution:
-            current = call
-            if self._runner.registry.by_path.get(call.function.path) is not call.function:  # reloaded since
-                try:
-                    current = self._resolve("mutation", path, arguments, is_admin=is_admin)
-                except RequestError as error:
-                    return Execution(None, Outcome(None, self._runner.failures.of(error, path), ()))
-            return self._runner.execute_mutation(current, caller, transaction)
-
         try:
             call = self._resolve("mutation", path, arguments, is_admin=is_admin)
+            execute = self._execution_of(call, caller, is_admin=is_admin)
             self._committer.submit(Submission(execute, settle, key, call.function.path))
         except RequestError as error:
             done(MutationOutcome(None, None, self._runner.failures.of(error, path)))
+
+    def _execution_of(self, call: Call, caller: Caller, *, is_admin: bool) -> Callable[[WriteTransaction], Execution]:
+        """Runs a mutation by the code that is the newest then."""
+        function, runner = call.function, self._runner
+
+        def execute(transaction: WriteTransaction) -> Execution:
+            current = call
+            if runner.registry.by_path.get(function.path) is not function:  # reloaded since
+                arguments = function.signature.to_wire_bytes(call.arguments)
+                try:
+                    current = self._resolve("mutation", function.path, arguments, is_admin=is_admin)
+                except RequestError as error:
+                    return Execution(None, Outcome(None, runner.failures.of(error, function.path), ()))
+            return runner.execute_mutation(current, caller, transaction)
+
+        return execute
 
     def _resolve(self, kind: FunctionKind, path: str, arguments: bytes, *, is_admin: bool) -> Call:
         if is_admin:
@@ -346,7 +360,7 @@ def _ledger_key(session_id: str, request_id: int, identity: Identity | None, pat
     return LedgerKey.of(session_id, request_id, token_identifier, path, arguments)
 
 
-def _caller(identity: Identity | None, *, is_admin: bool) -> Caller:
+def caller_of(identity: Identity | None, *, is_admin: bool) -> Caller:
     """An operator who acts as nobody is restricted by no policy."""
     return Caller(identity, is_restricted=identity is not None or not is_admin)
 

@@ -1,4 +1,4 @@
-"""The command line: `engine dev | serve | run | functions | admin-key`.
+"""The command line: `engine dev | serve | run | explain | profile | functions | admin-key`.
 
 Exit codes, those above 63 from `sysexits.h`, so that a supervisor knows what helps:
 
@@ -61,6 +61,7 @@ from engine.ids import IdOf
 from engine.live.live_query import Result
 from engine.observe.explain import Explanation, text_of
 from engine.observe.log import set_up_logging
+from engine.observe.profile import Profile, profile_text, stacks_of
 from engine.server.process import check_free, end_on_failure, serving_process, stop_signals
 from engine.storage.connections import lock_holder
 from engine.sync.backend import ActionOutcome, MutationOutcome
@@ -254,11 +255,37 @@ def explain(app: Path, database: Path | None, identity: str | None, path: str, a
     database = database_path(app, database)
     server = _server_of(database)
     explanation = (
-        msgspec.convert(_ask_there(server, "explain", asked, seconds_max=_ANSWER_SECONDS), Explanation)
+        msgspec.convert(_call_there(server, "explain", asked, seconds_max=_ANSWER_SECONDS), Explanation)
         if server is not None
         else run_loop(_explain_here(app, database, asked))
     )
     click.echo(text_of(explanation))
+
+
+@main.command()
+@app_option
+@database_option
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=10.0, help="For how long.  [default: 10]")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A file for the stacks: a flame graph.")
+def profile(app: Path, database: Path | None, seconds: float, output: Path | None) -> None:
+    """Say where the time of a running server goes.
+
+    By stage and by function, in the process that serves the database (`engine serve` or `engine dev`), while it serves:
+    that costs it about 1 %. The file is for speedscope.app or flamegraph.pl: a stack and its microseconds a line.
+
+    \b
+    engine profile
+    engine profile --seconds 60 --output stacks.txt
+    """
+    database = database_path(app, database)
+    server = _server_of(database)
+    if server is None:
+        raise Overloaded(f"nobody serves {database}: start `engine serve` or `engine dev`, and ask while it works.")
+    body = msgspec.json.encode({"seconds": seconds})
+    told = msgspec.convert(_ask_there(server, "profile", body, f"Convex {server.key}", seconds_max=seconds), Profile)
+    if output is not None:
+        output.write_text(stacks_of(told))
+    click.echo(profile_text(told))
 
 
 async def _explain_here(app: Path, database: Path, asked: "_Asked") -> Explanation:
@@ -370,7 +397,7 @@ def _identity_of(asked: _Asked) -> Identity | None:
 
 def _run_there(server: _Server, asked: _Asked, *, seconds_max: float) -> _Outcome:
     """By the process that serves the database."""
-    answer = _ask_there(server, "function", asked, seconds_max=seconds_max)
+    answer = _call_there(server, "function", asked, seconds_max=seconds_max)
     log_lines = tuple(answer.get("logLines", ()))
     if answer["status"] == "success":
         return _Outcome(json.dumps(answer["value"]).encode(), None, log_lines)
@@ -378,12 +405,16 @@ def _run_there(server: _Server, asked: _Asked, *, seconds_max: float) -> _Outcom
     return _Outcome(data, answer["errorMessage"], log_lines)
 
 
-def _ask_there(server: _Server, endpoint: str, asked: _Asked, *, seconds_max: float) -> Any:
-    """What an endpoint of that process answers."""
+def _call_there(server: _Server, endpoint: str, asked: _Asked, *, seconds_max: float) -> Any:
+    """What an endpoint of that process answers about a call."""
     authorization = f"Convex {server.key}"
     if asked.acting_as is not None:
         authorization += f":{b64encode(json.dumps(asked.acting_as).encode()).decode()}"
     body = b'{"path":%b,"format":"convex_encoded_json","args":%b}' % (json.dumps(asked.path).encode(), asked.arguments)
+    return _ask_there(server, endpoint, body, authorization, seconds_max=seconds_max)
+
+
+def _ask_there(server: _Server, endpoint: str, body: bytes, authorization: str, *, seconds_max: float) -> Any:
     request = urllib.request.Request(  # noqa: S310 - the address stands in our own lock file
         f"{server.address}/api/{endpoint}", body, {"Content-Type": "application/json", "Authorization": authorization}
     )

@@ -30,7 +30,7 @@ class Identity:
     `Identity(subject="alice", issuer="https://login.example", claims={"role": "admin"})`
     """
 
-    __slots__ = ("_claims", "_issuer", "_on_read", "_subject")
+    __slots__ = ("_claims", "_issuer", "_on_read", "_shown", "_subject", "_token_identifier")
 
     def __init__(
         self,
@@ -41,8 +41,10 @@ class Identity:
         on_read: Callable[[Part], None] | None = None,
     ) -> None:
         self._subject, self._issuer = subject, issuer
+        self._token_identifier = f"{issuer}|{subject}"
         self._claims = dict(claims or {})
         self._on_read = on_read  # only on the copy that a run sees
+        self._shown: Identity | None = None  # made by `shown`
 
     @property
     def subject(self) -> str:
@@ -59,7 +61,10 @@ class Identity:
     @property
     def token_identifier(self) -> str:
         """`issuer|subject`: unique over all issuers; the key to store a user under."""
-        return f"{self.issuer}|{self.subject}"
+        if self._on_read is not None:
+            self._on_read(ISSUER)
+            self._on_read(SUBJECT)
+        return self._token_identifier
 
     @property
     def claims(self) -> Mapping[str, Any]:
@@ -69,6 +74,12 @@ class Identity:
     def tracked(self, on_read: Callable[[Part], None]) -> "Identity":
         """The same identity, reporting what is read of it."""
         return Identity(subject=self._subject, issuer=self._issuer, claims=self._claims, on_read=on_read)
+
+    def shown(self) -> "Identity":
+        """The same identity for all runs that nobody tracks: none can change its claims."""
+        if self._shown is None:
+            self._shown = self.tracked(lambda _: None)
+        return self._shown
 
     def _read(self, part: Part) -> None:
         if self._on_read is not None:

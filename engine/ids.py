@@ -12,6 +12,7 @@ Invariants
 """
 
 import hashlib
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 TICKS_PER_MS = 4096  # a double holds ms since the epoch exactly to 2⁻¹² ms until the year 2039
@@ -20,7 +21,7 @@ TAG_LENGTH = 4
 _TICK_END = 15
 _DIGITS = "0123456789abcdefghijklmnopqrstuv"
 _PAIRS = tuple(high + low for high in _DIGITS for low in _DIGITS)
-_ID_CHARACTERS = frozenset(_DIGITS)
+looks_like_id = re.compile(rf"[0-9a-v]{{{ID_LENGTH}}}").fullmatch  # of some table
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -71,7 +72,7 @@ def make_id(tag: str, tick: int, entropy: bytes) -> str:
 
 def is_id(value: str, tag: str) -> bool:
     """Whether the text is an id of the table with this tag (not whether the document exists)."""
-    return len(value) == ID_LENGTH and value.startswith(tag) and _ID_CHARACTERS.issuperset(value)
+    return value.startswith(tag) and looks_like_id(value) is not None
 
 
 def tick_of(document_id: str) -> int:

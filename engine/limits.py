@@ -64,13 +64,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     mutation_pending_count_max: int = 20_000  # all sessions together; past it: Overloaded
     result_cache_size_bytes: int = 64 << 20  # results that nobody watches at the moment
     result_cache_count_max: int = 10_000
+    deflated_cache_size_bytes: int = 4 << 20  # what is being sent, compressed once for all browsers
+    deflated_piece_size_bytes_max: int = 1 << 20  # larger results go as they are: compressing 1 MiB holds the loop 9 ms
     wal_checkpoint_size_bytes: int = 4 << 20
     wal_size_bytes_max: int = 1 << 30
     ledger_days: int = 14
     ledger_seconds_after_seen: int = 3_600
     ledger_row_count_max: int = 5_000_000
+    ledger_session_count_max: int = 50_000  # whose newest request is known without a look-up: 200 bytes each
+    kept_document_count_max: int = 16_384  # in memory, of the newest state; the same number of scans
+    kept_document_size_bytes_max: int = 4_096  # larger ones are read anew each time: with the count, 64 MiB
     snapshot_retained_seconds: int = 30  # /api/query_at_ts
     snapshot_retained_interval_seconds: int = 5
+    rerun_wait_ms_max: int = 20  # while a result is still on its way to many, how long the next run of its query waits
     moment_interval_ms: int = 10  # moments closer together share a commit: each is an fsync
     scheduler_batch_count: int = 100  # due jobs started at once, so that a backlog starves nobody
 
@@ -78,6 +84,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     http_body_size_bytes_max: int = 17 << 20
     http_body_seconds_max: int = 30
     http_header_seconds_max: int = 10
+    profile_seconds_max: int = 600  # `engine profile`: a request waits for its end
     file_size_bytes_max: int = 20 << 20  # of an upload
     file_upload_seconds_max: int = 120  # from its first byte to its last
     file_upload_count_max: int = 64  # at once: each holds a thread's time and room on the disk

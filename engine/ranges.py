@@ -67,11 +67,12 @@ class IndexRange(msgspec.Struct, frozen=True):
     @property
     def prefix(self) -> OrderKey:
         """The columns that are equal for every key in the range: what the invalidation index hashes."""
-        size = 0
-        for size in range(0, min(len(self.start), len(self.end)) - 1, 2):
-            if self.start[size : size + 2] != self.end[size : size + 2]:
-                return self.start[:size]
-        return self.start[: min(len(self.start), len(self.end)) - 1]
+        start, end = self.start, self.end
+        size_max = min(len(start), len(end)) - 1
+        for size in range(0, size_max, 2):
+            if start[size] != end[size] or start[size + 1] != end[size + 1]:
+                return start[:size]
+        return start[:size_max]
 
     def ahead_of(self, key: OrderKey, *, descending: bool) -> "IndexRange":
         """The part that a scan passes before it comes to this full key."""
@@ -101,3 +102,8 @@ class IndexRange(msgspec.Struct, frozen=True):
         if descending:
             return IndexRange(self.table, self.index, before(last_key[:-1]), self.end)
         return IndexRange(self.table, self.index, self.start, after(last_key[:-1]))
+
+
+def range_under(table: str, index: str, prefix: OrderKey) -> IndexRange:
+    """All keys that begin with the prefix."""
+    return IndexRange(table, index, before(prefix), after(prefix))

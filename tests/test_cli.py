@@ -1,6 +1,7 @@
 """The command line, as people and supervisors meet it: real processes, exit codes, and what they print."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -202,6 +203,27 @@ def test_explain_says_what_a_query_reads_here_and_in_the_process_that_serves(app
     code, _, error = call("explain", "--app", app, "notes:add", '{"text": "hi"}')
     assert code != 0
     assert "public query" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "sign"), [("serve", "serving http://127.0.0.1:"), ("dev", "Ctrl-C")])
+def test_profile_says_where_the_time_of_a_server_goes(
+    app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, sign: str
+) -> None:
+    code, _, error = call("profile", "--app", app)
+    assert (code, "nobody serves" in error) == (69, True)
+    monkeypatch.setenv("ENGINE_PROFILE", "1")
+    with running(mode, app, sign=sign) as server:
+        code, output, error = call("profile", "--app", app, "--seconds", "0.3", "--output", tmp_path / "stacks")
+        assert code == 0, error
+        assert "\nfunctions  " in output
+        assert re.search(r"\nidle +\d+\.\d % ", output)
+        assert re.search(r";idle \d+\n", (tmp_path / "stacks").read_text())
+        call("run", "--app", app, "notes:add", '{"text": "hi"}')
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_line("The loop was held")
+        assert any(re.match(r"idle +\d", line) for line in server.said), "it was recorded from its start on, too"
+        assert server.process.wait(START_SECONDS_MAX) == 0
 
 
 @pytest.mark.slow

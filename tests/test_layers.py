@@ -41,7 +41,7 @@ ONLY_IN = [
     ("random", "clock.py functions/context.py"),  # there as the type of `ctx.random`
     ("sqlite3", "storage/*"),
     ("aiosqlite", "storage/maintenance.py"),
-    ("aiohttp", "server/* auth/*"),
+    ("aiohttp", "server/* auth/fetching.py"),
     ("watchfiles", "dev.py"),
     ("engine.observe", "observe/* backend.py engine.py operate/* server/* dashboard/* cli.py dev.py"),
     ("engine.testing", "testing/* pytest_plugin.py"),

@@ -1,4 +1,4 @@
-"""The public keys of an issuer (JWKS, RFC 7517): parsed, chosen, fetched and cached.
+"""The public keys of an issuer (JWKS, RFC 7517): parsed, chosen, asked for and cached.
 
 Invariants
   1. A key is usable only for algorithms of its own type and curve, and of its own `alg` if it names one, so neither
@@ -6,25 +6,17 @@ Invariants
   2. A source serves no key set that was fetched more than 24 hours ago, and asks again after 10 minutes.
   3. At most one fetch of a source runs at a time. An unknown `kid` causes at most one each 30 seconds: tokens are
      written by strangers.
-  4. A fetch takes at most 5 seconds and 64 KiB, never leaves the configured scheme, host and port, and by default
-     never reaches an address inside a private network.
 
-The address comes from the configuration only, never from a token. Which algorithms a provider allows is its own
-business (`providers`).
+The fetch itself is `fetching`'s. Which algorithms a provider allows is its own business (`providers`).
 """
 
 import asyncio
-import ipaddress
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-import aiohttp
 import jwt
 import msgspec
-from aiohttp.abc import AbstractResolver, ResolveResult
-from yarl import URL
 
 from engine.clock import Clock
 from engine.errors import AuthenticationFailed
@@ -50,9 +42,6 @@ FRESH_SECONDS = 600
 LAST_GOOD_SECONDS = 24 * 3_600
 UNKNOWN_KID_SECONDS = 30
 RETRY_SECONDS = 5  # after a failed fetch: log-ins come back soon, and the issuer is not flooded
-FETCH_SECONDS_MAX = 5.0
-FETCH_SIZE_BYTES_MAX = 64 << 10
-_REDIRECT_COUNT_MAX = 3
 
 Fetch = Callable[[str], Awaitable[bytes]]
 _log = logging.getLogger("engine.auth")
@@ -85,7 +74,7 @@ class KeySet(msgspec.Struct, frozen=True, eq=False):
 
     def holds(self, key: Key) -> bool:
         """Whether the key is still one of these: after a rotation it is not."""
-        return any(known is key or known.material == key.material for known in self.keys)
+        return key in self.keys or any(known.material == key.material for known in self.keys)
 
 
 def parse_key_set(text: bytes | str) -> KeySet:
@@ -144,6 +133,9 @@ class KeySource(Protocol):
     async def current(self) -> KeySet:
         """The keys now; raises `AuthenticationFailed` if there are none fresh enough."""
 
+    def fresh(self) -> KeySet | None:
+        """The same; None if they have to be fetched first."""
+
     async def after_unknown_kid(self) -> KeySet:
         """The keys after asking again, if that is allowed now: a token named a `kid` that is not among `current`."""
 
@@ -155,6 +147,9 @@ class FixedKeySource:
         self._key_set = key_set
 
     async def current(self) -> KeySet:
+        return self._key_set
+
+    def fresh(self) -> KeySet:
         return self._key_set
 
     async def after_unknown_kid(self) -> KeySet:
@@ -172,10 +167,14 @@ class RemoteKeySource:
         self._loading: asyncio.Task[None] | None = None  # the one fetch that runs (3)
 
     async def current(self) -> KeySet:
-        age = self._age()
-        if age is None or age > FRESH_SECONDS:
-            await self._load_unless_tried_within(RETRY_SECONDS)
+        if (key_set := self.fresh()) is not None:
+            return key_set
+        await self._load_unless_tried_within(RETRY_SECONDS)
         return self._last_good()
+
+    def fresh(self) -> KeySet | None:
+        age = self._age()
+        return self._key_set if age is not None and age <= FRESH_SECONDS else None
 
     async def after_unknown_kid(self) -> KeySet:
         await self._load_unless_tried_within(UNKNOWN_KID_SECONDS)
@@ -215,95 +214,3 @@ class RemoteKeySource:
             self._key_set, self._fetched_at = key_set, self._clock.monotonic()
         finally:
             self._loading = None
-
-
-class FetchRefused(OSError):
-    """An address or an answer that `fetch_key_set` does not accept."""
-
-
-async def fetch_key_set(url: str, *, is_private_network_allowed: bool, seconds_max: float = FETCH_SECONDS_MAX) -> bytes:
-    """The body at the address, within the bounds of invariant 4; raises `OSError`."""
-    address = URL(url)
-    resolver = None if is_private_network_allowed else _PublicResolver()
-    connector = aiohttp.TCPConnector(resolver=resolver, limit=1, force_close=True)
-    try:
-        async with (
-            asyncio.timeout(seconds_max),
-            aiohttp.ClientSession(connector=connector, auto_decompress=False) as session,
-        ):
-            for _ in range(_REDIRECT_COUNT_MAX + 1):
-                if not is_private_network_allowed:
-                    _check_public_literal(address)
-                async with session.get(
-                    address,
-                    allow_redirects=False,
-                    headers={"Accept": "application/json", "Accept-Encoding": "identity"},
-                ) as response:
-                    if response.status not in (301, 302, 303, 307, 308):
-                        return await _read_body(response)
-                    address = _redirected(address, response.headers.get("Location", ""))
-            raise FetchRefused(f"more than {_REDIRECT_COUNT_MAX} redirects")
-    except TimeoutError as cause:
-        raise FetchRefused(f"no answer within {seconds_max:g} s") from cause
-    except aiohttp.ClientConnectorError as cause:
-        raise FetchRefused(f"no connection: {cause.os_error}") from cause  # also what `_PublicResolver` refused
-    except aiohttp.ClientError as cause:
-        raise FetchRefused(f"{type(cause).__name__}: {cause}") from cause
-
-
-async def _read_body(response: aiohttp.ClientResponse) -> bytes:
-    if response.status != 200:
-        raise FetchRefused(f"status {response.status}, expected 200")
-    body = bytearray()
-    async for part in response.content.iter_any():
-        body += part
-        if len(body) > FETCH_SIZE_BYTES_MAX:
-            raise FetchRefused(f"more than {FETCH_SIZE_BYTES_MAX} bytes")
-    return bytes(body)
-
-
-def _redirected(address: URL, location: str) -> URL:
-    try:
-        target = address.join(URL(location))
-        same_host = bool(location) and target.origin() == address.origin()
-    except ValueError as cause:
-        raise FetchRefused("a redirect without a usable address") from cause
-    if not same_host:
-        raise FetchRefused(f"a redirect to another host ({target.host})")
-    return target
-
-
-def _is_public(address: str) -> bool:
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    return ip.is_global and not ip.is_multicast
-
-
-def _check_public_literal(address: URL) -> None:
-    """aiohttp asks no resolver about a host that is an address already."""
-    try:
-        is_public = _is_public(address.host or "")
-    except ValueError:
-        return  # a name: `_PublicResolver` looks at what it stands for
-    if not is_public:
-        raise FetchRefused(f"{address.host} is not a public address; set `jwks_private_network = true` to allow it")
-
-
-class _PublicResolver(AbstractResolver):
-    """Names, resolved; private addresses are refused after the look-up, so a name cannot be rebound in between."""
-
-    def __init__(self) -> None:
-        self._resolver = aiohttp.ThreadedResolver()
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        results = await self._resolver.resolve(host, port, family)
-        public = [result for result in results if _is_public(result["host"])]
-        if not public:
-            raise FetchRefused(f"{host} is inside a private network; set `jwks_private_network = true` to allow it")
-        return public
-
-    async def close(self) -> None:
-        await self._resolver.close()

@@ -34,6 +34,7 @@ from engine.values.shapes import (
 from engine.values.wire import Mismatch, describe
 
 _parse_json = msgspec.json.Decoder().decode
+_encode_canonical = msgspec.msgpack.Encoder(order="deterministic").encode
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _REFUSED = {
     inspect.Parameter.VAR_POSITIONAL: "takes any number of values, and arguments on the wire have names",
@@ -42,11 +43,21 @@ _REFUSED = {
 }
 
 
-class Arguments(msgspec.Struct, frozen=True, eq=False):
+class Arguments:
     """The arguments of one call, validated."""
 
-    canonical: bytes  # equal for equal asks (invariant 1)
-    values: dict[str, Any]  # one for each parameter after `ctx`; not to be changed
+    __slots__ = ("_canonical", "values")
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values  # one for each parameter after `ctx`; not to be changed
+        self._canonical: bytes | None = None
+
+    @property
+    def canonical(self) -> bytes:
+        """Equal for equal asks (invariant 1)."""
+        if self._canonical is None:
+            self._canonical = _encode_canonical(self.values)
+        return self._canonical
 
 
 class Signature:
@@ -73,7 +84,6 @@ class Signature:
             for spelling in field.spellings
         }
         self._mutable_names = [field.name for field in record.fields if _is_mutable(field.shape)]
-        self._encode_canonical = msgspec.msgpack.Encoder(order="deterministic").encode
 
     def decode(self, raw: bytes) -> Arguments:
         """The arguments in a JSON object, as a client sends them."""
@@ -112,8 +122,7 @@ class Signature:
             raise RuntimeError(f"{function.__qualname__} raised StopIteration") from error
 
     def _complete(self, given: dict[str, Any]) -> Arguments:
-        values = {**self._defaults, **given}
-        return Arguments(self._encode_canonical(values), values)
+        return Arguments({**self._defaults, **given})
 
 
 def decode_json(raw: bytes, what: str) -> Any:

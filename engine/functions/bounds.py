@@ -1,31 +1,76 @@
-"""From the keyword arguments of `ctx.db.query` to an index range; clear errors for what an index cannot do."""
+"""From the keyword arguments of `ctx.db.query` to what of an index they describe.
+
+names of the fields that are fixed    a plan, made once for all queries that fix the same ones
+their values                          a prefix of the index
+bounds                                a range under it
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from engine.errors import FunctionMisuse, InvalidDocument
 from engine.functions.moments import Moment
 from engine.ids import TICKS_PER_MS
-from engine.ranges import IndexRange, OrderKey, after, before, key_prefix
-from engine.schema import IndexSchema, TableSchema
+from engine.ranges import BY_CREATION_TIME, IndexRange, OrderKey, after, before, key_prefix
+from engine.schema import Index, IndexSchema, TableSchema
+from engine.storage.rows import RowCodec
+from engine.transaction.reading import Catalog
 from engine.values.wire import Mismatch
 
+_PLAN_COUNT_MAX = 4_096  # of one catalog; an app has as many as it writes queries
 _TICK_MAX = 1 << 62  # an infinite bound still fits SQLite
 
 
-def range_of(table: TableSchema, index: IndexSchema, equal: Mapping[str, Any], bounds: Mapping[str, Any]) -> IndexRange:
-    """The range that `equal` and the bounds describe; clear errors for what an index cannot do."""
-    fields = index.fields
-    for name in equal:
-        if name not in fields[: len(equal)]:
-            raise FunctionMisuse(
-                f"query {table.name}.{index.name}: {name!r} is not among the first {len(equal)} field(s) of the index "
-                f"({', '.join(fields) or 'it has none'}). Fix its fields from the left, or declare another index."
-            )
-    prefix = key_prefix([column_value(table, name, equal[name], "query", index.name) for name in fields[: len(equal)]])
-    if not bounds:
-        return IndexRange(table.name, index.name, before(prefix), after(prefix))
+class Plan:
+    """What all queries have in common that fix the same fields of an index."""
+
+    __slots__ = ("_columns", "codec", "index", "is_hidden", "table")
+
+    def __init__(self, codec: RowCodec[Any], index: IndexSchema, names: Collection[str]) -> None:
+        table = codec.table
+        fields = index.fields[: len(names)]
+        for name in names:
+            if name not in fields:
+                raise FunctionMisuse(
+                    f"query {table.name}.{index.name}: {name!r} is not among the first {len(names)} field(s) of the "
+                    f"index ({', '.join(index.fields) or 'it has none'}). Fix its fields from the left, or declare "
+                    "another index."
+                )
+        self.codec, self.table, self.index, self.is_hidden = codec, table, index, table.is_hidden
+        self._columns = [(column, table.fields_by_name[column.name]) for column in index.columns[: len(names)]]
+
+    def prefix_of(self, equal: Mapping[str, Any]) -> OrderKey:
+        """The key of these values. Raises InvalidDocument."""
+        flat: list[object] = []
+        for column, field in self._columns:
+            value = equal[column.name]
+            rank = column.rank
+            if rank is None or value is None or not field.fits(value):  # most are not: 1 µs instead of 5
+                value = column_value(self.table, column.name, value, "query", self.index.name)
+                flat += key_prefix((value,))
+            else:
+                flat += (rank, value + 0.0 if field.column.is_float else value)
+        return tuple(flat)
+
+
+def make_plan(catalog: Catalog, key: tuple[Any, ...]) -> Plan:
+    """The plan of this key, kept in the catalog. Raises FunctionMisuse where the index cannot do that."""
+    source, with_deleted, *names = key
+    document_type, index_name = (
+        (source.document_type, source.name) if isinstance(source, Index) else (source, BY_CREATION_TIME)
+    )
+    codec = catalog.of_type(document_type)
+    indexes = codec.table.indexes_with_deleted if with_deleted else codec.table.indexes_by_name
+    plan = Plan(codec, indexes[index_name], names)
+    if len(catalog.plans) < _PLAN_COUNT_MAX:
+        catalog.plans[key] = plan
+    return plan
+
+
+def bounded(plan: Plan, prefix: OrderKey, equal: Collection[str], bounds: Mapping[str, Any]) -> IndexRange:
+    """The range under the prefix that the bounds describe; clear errors for what an index cannot do."""
+    table, index, fields = plan.table, plan.index, plan.index.fields
     where = f"query {table.name}.{index.name}"
     if len(bounds) > 1 and ({"gt", "gte"} <= bounds.keys() or {"lt", "lte"} <= bounds.keys()):
         raise FunctionMisuse(f"{where}: two bounds of one side; give gt or gte, and lt or lte.")

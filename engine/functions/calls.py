@@ -4,8 +4,9 @@ Inside a query or mutation a nested call shares the caller's run: its time, limi
 mutation is a savepoint that can fail alone. An action's calls are transactions of their own.
 """
 
-import inspect
 from collections.abc import Callable
+from inspect import isawaitable
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from engine.errors import AppError, FunctionMisuse, LimitExceeded
@@ -106,7 +107,7 @@ class NestedCalls:
         run.depth += 1
         try:
             value = call.function.signature.call(call.function.callable, ctx, call.arguments)
-            return await value if inspect.isawaitable(value) else value
+            return await value if type(value) is CoroutineType or isawaitable(value) else value
         finally:
             run.depth -= 1
 

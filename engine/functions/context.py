@@ -118,11 +118,15 @@ class NestedCalls(Protocol):
 
 
 class _Context:
-    def __init__(self, run: "Run", now: float, seed: Callable[[], bytes], calls: NestedCalls) -> None:
-        self._run, self._now = run, now
-        self.auth = Auth(run)
-        self._seed = seed
-        self._calls = calls
+    _run: "Run"
+    _now: float
+    _calls: NestedCalls
+    _seed: Callable[[], bytes]  # not made before it is asked for
+
+    @property
+    def auth(self) -> Auth:
+        """Who asks."""
+        return Auth(self._run)
 
     @property
     def now(self) -> float:
@@ -186,8 +190,7 @@ class QueryCtx(_Timed):
         runner: "Runner",
         transaction: "ReadTransaction",
     ) -> None:
-        super().__init__(run, now, seed, calls)
-        self.db = db
+        self._run, self._now, self._seed, self._calls, self.db = run, now, seed, calls, db
         self._runner, self._transaction = runner, transaction  # for what few functions ask for
 
     @cached_property
@@ -221,8 +224,7 @@ class MutationCtx(_Timed):
         runner: "Runner",
         transaction: "WriteTransaction",
     ) -> None:
-        super().__init__(run, now, seed, calls)
-        self.db = db
+        self._run, self._now, self._seed, self._calls, self.db = run, now, seed, calls, db
         self._runner, self._transaction = runner, transaction  # for what few functions ask for
 
     @cached_property
@@ -261,7 +263,7 @@ class ActionCtx(_Context):
         storage: "ActionStorage",
         scheduler: Scheduler,
     ) -> None:
-        super().__init__(run, now, seed, calls)
+        self._run, self._now, self._seed, self._calls = run, now, seed, calls
         self.storage = storage
         self.scheduler = scheduler
         self.request = run.request

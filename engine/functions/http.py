@@ -32,6 +32,7 @@ ENGINE_PATHS = (
     "/api/action",
     "/api/function",
     "/api/explain",
+    "/api/profile",
     "/api/run/*",
     "/api/sync",
     "/api/{version}/sync",

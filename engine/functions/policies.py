@@ -21,6 +21,7 @@ import msgspec
 
 from engine.errors import AppError, Forbidden, FunctionNotFound, InvalidArgument, RegistryError
 from engine.functions.outcomes import Call
+from engine.functions.reader import DatabaseReader
 from engine.functions.registry import Registry
 from engine.functions.run import Run, drive_inside
 from engine.identity import Identity
@@ -29,7 +30,6 @@ from engine.transaction.reading import ReadTransaction
 
 if TYPE_CHECKING:
     from engine.functions.calls import NestedCalls
-    from engine.functions.reader import DatabaseReader
 
 V = TypeVar("V")
 C = TypeVar("C", bound="type[Policy[Any]]")
@@ -58,7 +58,7 @@ class Policy(Generic[V]):
         return viewer
 
     @property
-    def db(self) -> "DatabaseReader":
+    def db(self) -> DatabaseReader:
         """Reads whatever is there."""
         return self._guard.db
 
@@ -161,19 +161,42 @@ class Guard:
         run: Run,
         transaction: ReadTransaction,
         calls: "NestedCalls",
-        db: "DatabaseReader",
     ) -> None:
         self._policies, self._transaction, self._calls = policies, transaction, calls
-        self.run, self.db = run, db
+        self.run = run
         self._instances: dict[str, Policy[Any]] = {}  # by table
+        self._may_read: dict[str, Callable[[Any], bool]] = {}
         self._viewers: dict[str, tuple[Any, int]] = {}  # by path: the value, and the writes before it
 
-    def covers(self, documents: type[Table] | Table) -> bool:
-        """Whether a policy decides about the documents of this class."""
-        return documents.__table_name__ in self._policies
+    @property
+    def db(self) -> DatabaseReader:
+        """What the policies themselves read by."""
+        return DatabaseReader(self._transaction, self.run)
+
+    def covers(self, table: str) -> bool:
+        """Whether a policy decides about its documents."""
+        return table in self._policies
 
     def may_read(self, document: Table) -> bool:
-        return bool(drive_inside(self.run, self._policy(document.__table_name__).read(document)))
+        return self.reads(document.__table_name__)(document)
+
+    def reads(self, table: str) -> Callable[[Any], bool]:
+        """Whether the caller may read a document of the table."""
+        may_read = self._may_read.get(table)
+        if may_read is None:
+            may_read = self._may_read[table] = self._make_may_read(table)
+        return may_read
+
+    def _make_may_read(self, table: str) -> Callable[[Any], bool]:
+        read, run = self._policy(table).read, self.run
+
+        def may_read(document: Any) -> bool:
+            answer = read(document)
+            if answer is True or answer is False:  # nearly always
+                return answer
+            return bool(drive_inside(run, answer))
+
+        return may_read
 
     def reads_alike(self, table: str, values: Mapping[str, Any]) -> bool | None:
         """Whether the caller may see any document with these values; None if that is not all that `read` looks at."""

@@ -3,21 +3,21 @@
 Invariant: in a restricted run nothing is handed out, and nothing is written, that the policies do not allow.
 """
 
-from collections.abc import Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import msgspec
 
 from engine.errors import DocumentNotFound, FunctionMisuse, InvalidDocument
-from engine.functions.bounds import column_value, range_of
+from engine.functions.bounds import bounded, column_value, make_plan
 from engine.functions.moments import Moment
 from engine.functions.scan import Scan
 from engine.functions.search import Search, read_terms
 from engine.functions.totals import Total
 from engine.ids import Id
-from engine.ranges import BY_CREATION_TIME, key_prefix
-from engine.schema import Aggregate, Index, SearchIndex, Table, TableSchema
+from engine.ranges import IndexRange, key_prefix
+from engine.schema import Aggregate, Index, SearchIndex, Table
+from engine.storage.rows import RowCodec
 from engine.transaction.moments import MovingBound
 from engine.transaction.read_set import SearchRead
 from engine.transaction.reading import ReadTransaction
@@ -30,26 +30,21 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Table)
 
 _MISSING: Any = object()
-_NO_BOUNDS: Mapping[str, Any] = {}
 
 
 class DatabaseReader:
     """`ctx.db` of a query."""
 
-    _guard: "Guard | None" = None  # the policies that restrict it
     _sees_deleted = False
 
-    def __init__(self, transaction: ReadTransaction, run: "Run") -> None:
+    def __init__(self, transaction: ReadTransaction, run: "Run", guard: "Guard | None" = None) -> None:
         self._transaction = transaction
         self._run = run
+        self._guard = guard  # the policies that restrict it
 
-    def restrict(self, guard: "Guard") -> None:
-        """See from now on what the policies allow, and nothing else."""
-        self._guard = guard
-
-    def _guard_of(self, documents: type[Table] | Table) -> "Guard | None":
+    def _guard_of(self, table: str) -> "Guard | None":
         guard = self._guard
-        return guard if guard is not None and guard.covers(documents) else None
+        return guard if guard is not None and guard.covers(table) else None
 
     @property
     def unrestricted(self) -> Self:
@@ -69,7 +64,10 @@ class DatabaseReader:
         if self._run.wants_pause:
             await self._run.pause()
         document = self._transaction.get(id, with_deleted=self._sees_deleted)
-        if document is None or (self._guard and (guard := self._guard_of(document)) and not guard.may_read(document)):
+        if document is None:
+            return None
+        guard = self._guard
+        if guard is not None and guard.covers(document.__table_name__) and not guard.may_read(document):
             return None
         return cast("T | None", document)
 
@@ -89,14 +87,13 @@ class DatabaseReader:
         Keyword arguments fix a prefix of the index's fields; `gt`, `gte`, `lt`, `lte` bound the next one. As in SQL,
         a bound never matches null.
         """
-        document_type, index_name = (
-            (source.document_type, source.name) if isinstance(source, Index) else (source, BY_CREATION_TIME)
-        )
-        table = self._transaction.catalog.of_type(document_type).table
-        if table.is_hidden:  # nobody would be woken when it changes
-            raise FunctionMisuse(f"{self._run.function.path}: {table.name} is the engine's own, no function reads it.")
-        index = (table.indexes_with_deleted if self._sees_deleted else table.indexes_by_name)[index_name]
-        given: Mapping[str, Any] = _NO_BOUNDS
+        transaction, run = self._transaction, self._run
+        catalog, key = transaction.catalog, (source, self._sees_deleted, *equal)
+        plan = catalog.plans.get(key) or make_plan(catalog, key)
+        if plan.is_hidden:  # nobody would be woken when it changes
+            raise FunctionMisuse(f"{run.function.path}: {plan.table.name} is the engine's own, no function reads it.")
+        prefix = plan.prefix_of(equal)
+        index_range: IndexRange | None = None
         moving: tuple[MovingBound, ...] = ()
         if not (gt is gte is lt is lte is _MISSING):
             bounds = {"gt": gt, "gte": gte, "lt": lt, "lte": lte}
@@ -106,11 +103,11 @@ class DatabaseReader:
                 for name, bound in given.items()
                 if isinstance(bound, Moment)
             )
-        index_range = range_of(table, index, equal, given)
-        guard = self._guard and self._guard_of(document_type)
-        return Scan(
-            self._transaction, self._run, document_type, index, index_range, moving=moving, equal=equal, guard=guard
-        )
+            index_range = bounded(plan, prefix, equal, given)
+        guard = self._guard
+        if guard is not None and not guard.covers(plan.table.name):
+            guard = None
+        return Scan(transaction, run, plan.codec, plan.index, prefix, index_range, False, (), moving, equal, guard)
 
     async def total(self, source: Aggregate[T], /, **key: Any) -> Total:
         """Count and sums of the documents that have these values in all fields of the aggregate: one look-up."""
@@ -124,7 +121,7 @@ class DatabaseReader:
                 f"{where}: it has the fields ({', '.join(aggregate.fields)}), not ({', '.join(key)}). Give each of "
                 "them one value, or declare another aggregate."
             )
-        guard = self._guard_of(source.document_type)
+        guard = self._guard_of(table.name)
         if guard and not aggregate.is_public and not guard.reads_alike(table.name, key):
             raise FunctionMisuse(
                 f"{where}: it counts documents that the policy of {table.name} may hide from this caller. Declare it "
@@ -162,7 +159,7 @@ class DatabaseReader:
             index,
             SearchRead(table.name, index.name, filters, terms),
         )
-        guard = self._guard_of(source.document_type)
+        guard = self._guard_of(table.name)
         return search if guard is None else search.filter(guard.may_read)
 
     if not TYPE_CHECKING:  # a checker shall still find misspelt names
@@ -178,75 +175,78 @@ class DatabaseReader:
 class DatabaseWriter(DatabaseReader):
     """`ctx.db` of a mutation."""
 
-    def __init__(self, transaction: WriteTransaction, run: "Run") -> None:
-        super().__init__(transaction, run)
+    def __init__(self, transaction: WriteTransaction, run: "Run", guard: "Guard | None" = None) -> None:
+        super().__init__(transaction, run, guard)
         self._writes = transaction
 
     async def insert(self, document: T) -> Id[T]:
         """Store a new document; its id."""
-        self._check_writable(self._writes.catalog.of_type(type(document)).table)
-        if self._guard and (guard := self._guard_of(document)):
+        guard = self._writing(self._writes.catalog.of_type(type(document)))
+        if guard is not None:
             guard.check("insert", document)
         return cast("Id[T]", self._writes.insert(document))
 
     async def patch(self, id: Id[T], /, **fields: Any) -> None:
         """Change some fields. Raises DocumentNotFound."""
-        table = self._writes.catalog.of_id(id).table
-        self._check_writable(table)
-        # where a field is not one of the table, the write itself says what is wrong
-        if self._guard and fields.keys() <= table.fields_by_name.keys():
-            guard = self._guard_of(table.document_type)
-            if guard is not None:
-                old = self._seen(guard, id, "patch")
-                guard.check("update", old, msgspec.structs.replace(old, **fields))
-        self._writes.patch(id, fields, with_deleted=self._sees_deleted)
+        writes = self._writes
+        codec = writes.catalog.of_id(id)
+        guard = self._writing(codec)
+        old = self._existing(guard, codec, id, "patch")
+        new = writes.changed(codec, old, fields)
+        if guard is not None:
+            guard.check("update", old, new)
+        writes.write_over(codec, "patch", old, new)
 
     async def replace(self, id: Id[T], document: T) -> None:
         """Put `document` in the place of the one that is there. Raises DocumentNotFound."""
-        table = self._writes.catalog.of_id(id).table
-        self._check_writable(table)
+        codec = self._writes.catalog.of_id(id)
+        guard, table = self._writing(codec), codec.table
         if type(document) is not table.document_type:
             raise InvalidDocument(
                 f"replace {table.name}: {id!r} is an id of {table.name}, the document is a {type(document).__name__}."
             )
-        if self._guard and (guard := self._guard_of(table.document_type)):
-            old = self._seen(guard, id, "replace")
-            guard.check("update", old, table.with_id(document, old.id, old.creation_time))
-        self._writes.replace(id, document, with_deleted=self._sees_deleted)
+        old = self._existing(guard, codec, id, "replace")
+        new = table.with_id(document, old.id, old.creation_time)
+        if guard is not None:
+            guard.check("update", old, new)
+        self._writes.write_over(codec, "replace", old, new)
 
     async def delete(self, id: Id[T]) -> None:
         """Remove a document; a table with a `DeletedAt` field keeps it. Raises DocumentNotFound."""
-        table = self._writes.catalog.of_id(id).table
-        self._check_writable(table)
-        if guard := self._guard_of(table.document_type):
-            guard.check("delete", self._seen(guard, id, "delete"))
+        codec = self._writes.catalog.of_id(id)
+        guard = self._writing(codec)
+        if guard is not None:
+            guard.check("delete", self._existing(guard, codec, id, "delete"))
         self._writes.delete(id)
 
     async def restore(self, id: Id[T]) -> None:
         """Bring a deleted document back that its table has kept. Raises DocumentNotFound."""
-        table = self._writes.catalog.of_id(id).table
-        self._check_writable(table)
-        if (guard := self._guard_of(table.document_type)) and table.deleted_field is not None:
-            old = self.with_deleted()._seen(guard, id, "restore")
-            guard.check("update", old, msgspec.structs.replace(old, **{table.deleted_field: None}))
+        codec = self._writes.catalog.of_id(id)
+        guard, deleted_field = self._writing(codec), codec.table.deleted_field
+        if guard is not None and deleted_field is not None:
+            old = self.with_deleted()._existing(guard, codec, id, "restore")
+            guard.check("update", old, msgspec.structs.replace(old, **{deleted_field: None}))
         self._writes.restore(id)
 
     async def purge(self, id: Id[T]) -> None:
         """Remove a document for good, deleted or not, where `delete` keeps it. Raises DocumentNotFound."""
-        table = self._writes.catalog.of_id(id).table
-        self._check_writable(table)
-        if guard := self._guard_of(table.document_type):
-            guard.check("delete", self.with_deleted()._seen(guard, id, "purge"))
+        codec = self._writes.catalog.of_id(id)
+        guard = self._writing(codec)
+        if guard is not None:
+            guard.check("delete", self.with_deleted()._existing(guard, codec, id, "purge"))
         self._writes.purge(id)
 
-    def _seen(self, guard: "Guard", document_id: str, operation: str) -> Table:
-        """A document that is to be written over; what the caller may not see is not there for it."""
-        document = self._writes.get(document_id, with_deleted=self._sees_deleted)
-        if document is None or not guard.may_read(document):
-            raise DocumentNotFound(self._writes.catalog.of_id(document_id).table.name, document_id, operation)
-        return document
-
-    def _check_writable(self, table: TableSchema) -> None:
+    def _writing(self, codec: RowCodec[Any]) -> "Guard | None":
+        """What decides about a write of the table. Raises FunctionMisuse where none may be."""
         self._run.check_open()
+        table = codec.table
         if table.is_system:
             raise FunctionMisuse(f"{table.name} is the engine's own table: ctx.scheduler and ctx.storage change it.")
+        return self._guard_of(table.name)
+
+    def _existing(self, guard: "Guard | None", codec: RowCodec[Any], document_id: str, operation: str) -> Table:
+        """A document that is to be written over; what the caller may not see is not there for it."""
+        document = self._writes.existing(codec, document_id, operation, with_deleted=self._sees_deleted)
+        if guard is not None and not guard.may_read(document):
+            raise DocumentNotFound(codec.table.name, document_id, operation)
+        return document

@@ -8,8 +8,8 @@
 
 Invariants
   1. A run changes only its own state and its transaction, both thrown away whole when it is stopped.
-  2. The watchdog injects only while the marker says that a function is being driven; setting, clearing and injecting
-     happen under one lock, and clearing withdraws what was not delivered yet. A run that it stopped has failed, also
+  2. The watchdog injects only while the marker says that a function is being driven; clearing it and injecting happen
+     under one lock, and clearing withdraws what was not delivered yet. A run that it stopped has failed, also
      when the function swallowed the exception.
   3. `ctx` is dead once its function has returned.
 """
@@ -19,7 +19,7 @@ import ctypes
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from inspect import isawaitable
-from types import TracebackType
+from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from engine.clock import cpu_clock
@@ -69,6 +69,24 @@ def knows_nothing(nested: NestedQuery) -> Outcome | None:
 class Run:
     """The state of one run, shared by the nested queries and mutations in it."""
 
+    # what is the same for most runs: as defaults of the class they cost a run nothing
+    depth = 0
+    schedule_count = schedule_size_bytes = 0  # of jobs, nested mutations included
+    context_count = 0  # made for it: one, and one for each nested call
+    read_now = False  # set by ctx
+    has_page = False  # set by begin_page
+    is_inside = False  # of a call that cannot wait; set by drive_inside
+    triggers: tuple[str, ...] = ()  # paths of those under way, the first that was set off first
+    _is_open = True
+    _transaction: ReadTransaction | None = None  # while it runs; set by begin
+    _tracked_identity: Identity | None = None
+    # set by the runner
+    cursor_secret = b""
+    settings: Any = None
+    journal: str | None = None  # the end of the page; set anew by end_page
+    known: Known = staticmethod(knows_nothing)
+    request: "Request | None" = None  # of an action that a route is, or called
+
     def __init__(
         self,
         function: "Function",
@@ -76,39 +94,19 @@ class Run:
         caller: Caller,
         limits: Limits,
         *,
-        cursor_secret: bytes = b"",
-        journal: str | None = None,
         may_run_long: bool,
         is_cooperative: bool = False,
-        known: Known = knows_nothing,
-        settings: Any = None,
-        request: "Request | None" = None,
     ) -> None:
-        self.request = request  # of an action that a route is, or called
         self.function, self.arguments, self.limits = function, arguments, limits
-        self.parts: dict[Part | NestedQuery, Any] = {}  # what was read of who asks, and what it was
-        self.nested: dict[NestedQuery, QueryRun] = {}  # the runs behind those of the parts that are queries
-        self.known = known
-        self.settings = settings
-        self.log_lines: list[str] = []
-        self.depth = 0
-        self.schedule_count = self.schedule_size_bytes = 0  # of jobs, nested mutations included
-        self.context_count = 0  # made for it: one, and one for each nested call
-        self.journal = journal  # the end of the page; set anew by end_page
+        self._is_cooperative = is_cooperative
         self.caller = caller  # for passing on, never for showing to the function
-        self._tracked_identity: Identity | None = None
-        self._cursor_secret = cursor_secret
-        self._transaction: ReadTransaction | None = None  # set by begin
-        self.read_now = False  # set by ctx
-        self.has_page = False  # set by begin_page
-        self._is_open = True
+        self.parts: dict[Part | NestedQuery, Any] = {}  # what a query read of who asks, and what it was
+        self.nested: dict[NestedQuery, QueryRun] = {}  # the runs behind those of the parts that are queries
+        self.log_lines: list[str] = []
         now = _cpu()
         self._deadline = now + limits.run_ms_max / 1000
-        self._slow_at = self._deadline if may_run_long else now + limits.run_slow_ms / 1000
-        self._is_cooperative = is_cooperative
-        self.is_inside = False  # of a call that cannot wait; set by drive_inside
-        self.triggers: list[str] = []  # paths of those under way, the first that was set off first
         self._pause_at = now + limits.run_slow_ms / 1000
+        self._slow_at = self._deadline if may_run_long else self._pause_at
 
     # -- time
 
@@ -166,8 +164,11 @@ class Run:
 
     def identity(self) -> Identity | None:
         """Who asks, tracked: what is read of it decides who shares the result."""
-        self.check_open()
+        if not self._is_open:
+            self.check_open()
         identity = self.caller.identity
+        if self._transaction is not None and not self._transaction.is_tracked:  # nobody asks what a mutation has read
+            return None if identity is None else identity.shown()
         self.parts[PRESENT] = identity is not None
         if identity is not None and self._tracked_identity is None:
             self._tracked_identity = identity.tracked(self._read_part)
@@ -195,7 +196,7 @@ class Run:
     def cursor_seal(self, *source: Any) -> CursorSeal:
         """For the pages of this source: an index, a range and an order, or a search."""
         fingerprint = fingerprint_of(self.function.path, self.arguments.values, *source)
-        return CursorSeal(self._cursor_secret, fingerprint)
+        return CursorSeal(self.cursor_secret, fingerprint)
 
     # -- log
 
@@ -222,7 +223,7 @@ PAUSE = object()
 class Watchdog:
     """Stops a function that loops without ever calling `ctx.db`.
 
-    A thread looks 20 times a second; a run costs two lock operations. It cannot break a blocking C call: that run
+    A thread looks 20 times a second; a run costs one lock operation. It cannot break a blocking C call: that run
     fails when the call returns.
     """
 
@@ -241,8 +242,7 @@ class Watchdog:
         self._thread.join()
 
     def __enter__(self) -> None:
-        with self._lock:
-            self._driven_since = _cpu()
+        self._driven_since = _cpu()  # one assignment: the thread sees all of it, or nothing yet
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -287,10 +287,13 @@ def drive(watchdog: Watchdog, run: Run, start: Callable[[], Any]) -> Any:
     try:
         with watchdog:
             coroutine = start()
-            if not isawaitable(coroutine):
+            if type(coroutine) is CoroutineType:  # nearly always
+                coroutine.send(None)
+            elif isawaitable(coroutine):
+                coroutine = coroutine.__await__()
+                next(coroutine)
+            else:
                 return coroutine
-            coroutine = coroutine.__await__()
-            next(coroutine)
     except StopIteration as stop:
         return stop.value
     _abandon(watchdog, coroutine)
@@ -299,12 +302,13 @@ def drive(watchdog: Watchdog, run: Run, start: Callable[[], Any]) -> Any:
 
 def drive_inside(run: Run, value: Any) -> Any:
     """What a coroutine returns that is called where nobody can wait: a policy's or a trigger's, inside of a run."""
-    if value is True or value is False or not isawaitable(value):  # a predicate's, often: asking is slower than it
+    # a predicate's, often: asking is slower than it
+    if value is True or value is False or not (type(value) is CoroutineType or isawaitable(value)):
         return value
     was_inside, run.is_inside = run.is_inside, True
-    coroutine: Any = value.__await__()
+    coroutine: Any = value if type(value) is CoroutineType else value.__await__()
     try:
-        next(coroutine)
+        coroutine.send(None)
     except StopIteration as stop:
         return stop.value
     finally:

@@ -161,7 +161,7 @@ class Runner:
 
     def _start_query(self, call: Call, run: Run, transaction: ReadTransaction, now: float) -> Callable[[], Any]:
         ctx = self.query_ctx(call, run, transaction, now, is_restricted=run.caller.is_restricted)
-        return lambda: call.function.signature.call(call.function.callable, ctx, call.arguments)
+        return partial(call.function.signature.call, call.function.callable, ctx, call.arguments)
 
     def _ended(self, call: Call, run: Run, transaction: ReadTransaction, value: Any, began: float) -> QueryRun:
         outcome = Outcome(call.function.encode_result(value), None, self._shown_log(run))
@@ -183,16 +183,14 @@ class Runner:
 
     def execute_mutation(self, call: Call, caller: Caller, transaction: WriteTransaction) -> Execution:
         """Run a mutation in the savepoint that is open; the committer keeps or undoes what it wrote."""
-        run = self._new_run(call, caller, transaction, may_run_long=True)
+        run = Run(call.function, call.arguments, caller, self.limits, may_run_long=True)
+        run.cursor_secret, run.settings = self._cursor_secret, self.settings
+        run.begin(transaction)
         try:
             ctx = self.mutation_ctx(run, transaction, is_restricted=caller.is_restricted)
-            value = drive(
-                self._watchdog,
-                run,
-                lambda: call.function.signature.call(call.function.callable, ctx, call.arguments),
-            )
-            encoded = call.function.encode_result(value)
-            outcome = Outcome(encoded, None, self._shown_log(run))
+            function = call.function
+            value = drive(self._watchdog, run, partial(function.signature.call, function.callable, ctx, call.arguments))
+            outcome = Outcome(function.encode_result(value), None, self._shown_log(run))
         except (Exception, RunStopped) as error:  # noqa: BLE001 - invariant 1
             outcome = Outcome(None, self._failure_of(error, call), self._shown_log(run))
         finally:
@@ -236,9 +234,8 @@ class Runner:
             caller,
             self.limits,
             may_run_long=True,
-            request=request,
-            settings=self.settings,
         )
+        run.request, run.settings = request, self.settings
         calls = ActionCalls(self, run, transactions)
         now = self.clock.wall_ns() / 1_000_000
         storage = ActionStorage(run, self.files, transactions)
@@ -285,28 +282,20 @@ class Runner:
     def query_ctx(
         self, call: Call, run: Run, transaction: ReadTransaction, now: float, *, is_restricted: bool
     ) -> QueryCtx:
-        # by its own path and arguments: it draws the same numbers whoever calls it
-        def seed() -> bytes:
-            return b"%b|%b" % (call.function.path.encode(), call.arguments.canonical)
-
         calls = NestedCalls(self, run, transaction, now, is_restricted=is_restricted)
-        db = DatabaseReader(transaction, run)
-        if is_restricted and self.registry.policies:
-            db.restrict(Guard(self.registry.policies, run, transaction, calls, DatabaseReader(transaction, run)))
-        return QueryCtx(run, now, seed, calls, db, self, transaction)
+        policies = self.registry.policies
+        guard = Guard(policies, run, transaction, calls) if is_restricted and policies else None
+        db = DatabaseReader(transaction, run, guard)
+        return QueryCtx(run, now, partial(_seed_of_query, call), calls, db, self, transaction)
 
     def mutation_ctx(self, run: Run, transaction: WriteTransaction, *, is_restricted: bool) -> MutationCtx:
         now, number = transaction.now, run.context_count
         run.context_count += 1
-
-        def seed() -> bytes:
-            return b"%b|%b|%r|%d" % (run.function.path.encode(), run.arguments.canonical, now, number)
-
         calls = NestedCalls(self, run, transaction, now, is_restricted=is_restricted)
-        db = DatabaseWriter(transaction, run)
-        if is_restricted and self.registry.policies:
-            db.restrict(Guard(self.registry.policies, run, transaction, calls, DatabaseReader(transaction, run)))
-        return MutationCtx(run, now, seed, calls, db, self, transaction)
+        policies = self.registry.policies
+        guard = Guard(policies, run, transaction, calls) if is_restricted and policies else None
+        db = DatabaseWriter(transaction, run, guard)
+        return MutationCtx(run, now, partial(_seed_of_mutation, run, now, number), calls, db, self, transaction)
 
     # what few functions ask their context for
 
@@ -343,13 +332,11 @@ class Runner:
             call.arguments,
             caller,
             self.limits,
-            cursor_secret=self._cursor_secret,
-            journal=journal,
             may_run_long=may_run_long,
             is_cooperative=is_cooperative,
-            known=known,
-            settings=self.settings,
         )
+        run.cursor_secret, run.settings = self._cursor_secret, self.settings
+        run.journal, run.known = journal, known
         run.begin(transaction)
         return run
 
@@ -359,7 +346,7 @@ class Runner:
         return self.failures.of(error, call.function.path)
 
     def _shown_log(self, run: Run) -> tuple[str, ...]:
-        return () if self._is_production else tuple(run.log_lines)
+        return () if self._is_production or not run.log_lines else tuple(run.log_lines)
 
 
 def _refusing(function: Function, decode: Callable[[T], Arguments], given: T) -> Arguments:
@@ -370,6 +357,15 @@ def _refusing(function: Function, decode: Callable[[T], Arguments], given: T) ->
         raise
     except Exception as error:
         raise InvalidArgument(f"{function.path} refuses its arguments: {type(error).__name__}: {error}") from error
+
+
+def _seed_of_query(call: Call) -> bytes:
+    """By its own path and arguments: it draws the same numbers whoever calls it."""
+    return b"%b|%b" % (call.function.path.encode(), call.arguments.canonical)
+
+
+def _seed_of_mutation(run: Run, now: float, number: int) -> bytes:
+    return b"%b|%b|%r|%d" % (run.function.path.encode(), run.arguments.canonical, now, number)
 
 
 def _is_from_outside(error: BaseException) -> bool:

@@ -149,8 +149,8 @@ class Triggers:
                 remedy="Write only what is to change, or raise limits.trigger_depth_max.",
             )
         try:
-            run.triggers.append(found.path)
+            run.triggers = (*run.triggers, found.path)
             ctx = self._runner.mutation_ctx(run, transaction, is_restricted=False)
             drive_inside(run, found.callable(ctx, change))
         finally:
-            del run.triggers[depth:]
+            run.triggers = run.triggers[:depth]

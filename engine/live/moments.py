@@ -7,6 +7,7 @@ Invariants
 """
 
 import heapq
+import math
 from collections.abc import Callable
 
 from engine.clock import Clock, TimerHandle
@@ -98,7 +99,7 @@ class Moments:
 
     def _wait_until(self, when_ms: float) -> None:
         self._timer_ms = when_ms
-        delay_seconds = (when_ms - self._clock.wall_ns() / 1_000_000) / 1000
+        delay_seconds = (_ns(when_ms) - self._clock.wall_ns()) / 1_000_000_000
         self._timer = self._clock.call_later(min(max(delay_seconds, 0.0), _TIMER_SECONDS_MAX), self._fire)
 
     def _fire(self) -> None:
@@ -122,3 +123,9 @@ class Moments:
     def _push(self, live_query: LiveQuery, moment_ms: float) -> None:
         self._count += 1
         heapq.heappush(self._heap, (moment_ms, self._count, live_query))
+
+
+def _ns(milliseconds: float) -> int:
+    """The same time, rounded up: not their product, which is only right to 256 ns."""
+    rest, whole = math.modf(milliseconds)
+    return int(whole) * 1_000_000 + math.ceil(rest * 1_000_000)

@@ -40,10 +40,16 @@ class ResultCache:
         self._make_room()
 
     def use(self, live_query: LiveQuery) -> None:
-        """Somebody asks for it: it is the newest now, and watched."""
+        """Somebody asks for it: it is the newest now, and watched. Forms made since the last use are counted."""
         self._idle.pop(live_query, None)
-        if live_query in self._size_by_live_query:
+        counted = self._size_by_live_query.get(live_query)
+        if counted is not None:
             self._size_by_live_query.move_to_end(live_query)
+            assert live_query.result is not None
+            size = live_query.result.size_bytes
+            if size != counted:
+                self._size_by_live_query[live_query] = size
+                self._size_bytes += size - counted
 
     def leave(self, live_query: LiveQuery) -> None:
         """Nobody watches it any more: it stays while there is room."""

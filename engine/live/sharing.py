@@ -119,14 +119,16 @@ class Sharing:
 
     def depend(self, view: View, query_id: int, live_query: LiveQuery) -> None:
         """The view holds this one under this id: what it shares it by is watched from now on (invariant 2)."""
-        if not live_query.nested and query_id not in view.dependencies:
+        before = view.dependencies_of(query_id)
+        if not live_query.variant and not before:
             return
         wanted = dict.fromkeys(self._behind(live_query, view.identity))
-        dropped = [other for other in view.dependencies.pop(query_id, ()) if other not in wanted]
-        if wanted:
-            view.dependencies[query_id] = tuple(wanted)
+        dropped = [other for other in before if other not in wanted]
+        view.depend_on(query_id, tuple(wanted))
         for dependency in wanted:
-            dependency.dependents.setdefault(view, set()).add(query_id)
+            query_ids = dependency.dependents.get(view, ())
+            if query_id not in query_ids:
+                dependency.dependents[view] = (*query_ids, query_id)
             self._use(dependency)
             if dependency.is_dirty:
                 self._run(dependency)
@@ -137,7 +139,9 @@ class Sharing:
 
     def forget(self, view: View, query_id: int) -> None:
         """The view holds nothing under this id any more."""
-        for dependency in view.dependencies.pop(query_id, ()):
+        dependencies = view.dependencies_of(query_id)
+        view.depend_on(query_id, ())
+        for dependency in dependencies:
             self._let_go(view, query_id, dependency)
 
     def clear(self) -> None:
@@ -148,8 +152,10 @@ class Sharing:
         query_ids = dependency.dependents.get(view)
         if query_ids is None:
             return
-        query_ids.discard(query_id)
-        if not query_ids:
+        left = tuple(each for each in query_ids if each != query_id)
+        if left:
+            dependency.dependents[view] = left
+        else:
             del dependency.dependents[view]
             view.no_longer_waits_for(dependency)
             if not dependency.is_watched:

@@ -34,6 +34,7 @@ class Field(msgspec.Struct, frozen=True, eq=False):
     id_table: str | None  # the table whose ids it holds
     stamp: Stamp | None  # the engine keeps it
     fit: Callable[[Any], None]  # raises Mismatch for a value that it cannot hold
+    fits: Callable[[Any], bool]  # True: it can hold the value; False: `fit` knows
 
     @property
     def has_default(self) -> bool:
@@ -118,6 +119,7 @@ class TableSchema(msgspec.Struct, frozen=True, eq=False):
     is_system: bool
     is_hidden: bool  # a write wakes nobody
     check: Callable[[Table], None]  # InvalidDocument for a document that does not fit (invariant 1)
+    check_over: Callable[[Table, Table], None]  # the same, of one that is written over the second, which does
 
     def with_id(self, document: T, document_id: str, creation_time: float) -> T:
         """The same document under this id."""

@@ -25,7 +25,7 @@ from engine.schema.declarations import (
     Table,
     is_name,
 )
-from engine.schema.fit import compile_check, compile_fit
+from engine.schema.fit import compile_check, compile_fit, compile_fits
 from engine.schema.foreign_keys import link_foreign_keys
 from engine.schema.indexes import compile_indexes, live_key_of, with_deleted
 from engine.schema.search_indexes import compile_search_indexes
@@ -115,6 +115,7 @@ def _compile_table(
         is_system=document_type.__is_system_table__,
         is_hidden=document_type.__is_hidden_table__,
         check=compile_check(document_type, fields, tag_of_class),
+        check_over=compile_check(document_type, fields, tag_of_class, is_over=True),
     )
 
 
@@ -205,6 +206,7 @@ def _compile_field(
         id_table=None if id_class is None else table_name_by_class_name[id_class],
         stamp=stamp,
         fit=compile_fit(shape, column, tag_of_class, limits),
+        fits=compile_fits(shape, tag_of_class),
     )
 
 

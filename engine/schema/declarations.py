@@ -45,7 +45,7 @@ A deleted document is absent from everything but `with_deleted()`; `restore` bri
 """
 
 
-class Index(msgspec.Struct, Generic[T], frozen=True):
+class Index(msgspec.Struct, Generic[T], frozen=True, cache_hash=True):
     """What `ChatMessage.by_game` gives: the index to scan, and the class of what comes out."""
 
     document_type: type[T]
@@ -78,12 +78,16 @@ class IndexDeclaration:
     def __init__(self, fields: tuple[str, ...], *, is_unique: bool, is_ranked: bool = False) -> None:
         self.fields, self.is_unique, self.is_ranked = fields, is_unique, is_ranked
         self.name = ""  # set by the class body
+        self._made: dict[type, Index[Any]] = {}  # by the table that has it
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, instance: object | None, owner: type[T]) -> Index[T]:
-        return Index(owner, self.name, self.fields, self.is_unique)
+        made = self._made.get(owner)
+        if made is None:
+            made = self._made[owner] = Index(owner, self.name, self.fields, self.is_unique)
+        return made
 
 
 class AggregateDeclaration:

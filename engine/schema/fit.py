@@ -19,9 +19,12 @@ _SCALAR_TYPES = frozenset({type(None), bool, int, float, str, bytes})
 
 
 def compile_check(
-    document_type: type[Table], fields: tuple[Field, ...], tag_of_class: dict[str, str]
-) -> Callable[[Table], None]:
-    """Quick tests in a row, one a field; where one fails, the field's `fit` looks closer and finds the words."""
+    document_type: type[Table], fields: tuple[Field, ...], tag_of_class: dict[str, str], *, is_over: bool = False
+) -> Callable[..., None]:
+    """Quick tests in a row, one a field; where one fails, the field's `fit` looks closer and finds the words.
+
+    `is_over`: it is given what is there already, too, and tests only what differs.
+    """
     names: dict[str, Any] = {"document_type": document_type, "is_id": is_id, "is_text": _is_text}
     table = document_type.__table_name__
 
@@ -36,15 +39,26 @@ def compile_check(
             raise InvalidDocument(f"{table}.{error.under(name)}", table=table, field=name, value=value) from None
 
     names |= {"refuse": refuse, "look_closer": look_closer}
-    lines = ["def check(document):", "    if document.__class__ is not document_type: refuse(document)"]
+    parameters = "document, old" if is_over else "document"
+    lines = [f"def check({parameters}):", "    if document.__class__ is not document_type: refuse(document)"]
     for number, field in enumerate(fields):
         names[f"fit_{number}"] = field.fit
         quick = _quick_test(field.shape, names, tag_of_class)
         lines.append(f"    v = document.{field.name}")
+        if is_over:  # a text that is the same is quicker than a test of ids; an equal number may be of another kind
+            quick = f"v is old.{field.name} or (v.__class__ is str and v == old.{field.name}) or ({quick})"
         lines.append(f"    if not ({quick}): look_closer({field.name!r}, fit_{number}, v)")
     exec(compile("\n".join(lines), f"<check {table}>", "exec"), names)  # noqa: S102 - field names were checked
     check: Callable[[Table], None] = names["check"]
     return check
+
+
+def compile_fits(shape: Shape, tag_of_class: dict[str, str]) -> Callable[[Any], bool]:
+    """The quick test of one field: True only if the value fits."""
+    names: dict[str, Any] = {"is_id": is_id, "is_text": _is_text}
+    quick = _quick_test(shape, names, tag_of_class)
+    fits: Callable[[Any], bool] = eval(f"lambda v: {quick}", names)  # noqa: S307 - names were checked
+    return fits
 
 
 def _quick_test(shape: Shape, names: dict[str, Any], tag_of_class: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ Invariants
      `errorMessage`; everything else is another status with a JSON body of `code` and `message`.
   2. Every plain number in a value has a decimal point or exponent: the PyPI HTTP client demands it.
   3. A mutation or action that was started goes on when the client goes away.
+  4. The body of a shared result is made once, and kept with it.
 
 HTTP mutations have no request id, so nothing makes a resent one apply once.
 """
@@ -33,6 +34,7 @@ from engine.errors import (
 )
 from engine.identity import Identity
 from engine.limits import Limits
+from engine.server.answers import JsonAnswer
 from engine.server.origins import Origins
 from engine.sync import protocol
 from engine.sync.backend import ActionOutcome, MutationOutcome, Verified
@@ -47,8 +49,16 @@ _Body = TypeVar("_Body")
 BROKEN_BODY = (web.RequestPayloadError, ClientPayloadError, ConnectionError)  # what aiohttp raises while it is read
 
 _NO_ARGUMENTS = b"{}"
+_decode_arguments = msgspec.json.Decoder(list[Raw]).decode
 _CODE_BY_STATUS = {404: "NotFound", 405: "MethodNotAllowed", 408: "RequestTimeout", 413: "PayloadTooLarge"}
 _RETRYABLE_CODES = frozenset((Overloaded.code, StorageFull.code, EngineClosed.code))
+
+
+class HttpResult(Result, Protocol):
+    """The result of a query; it may be shared, and asked for again."""
+
+    http_plain: bytes | None  # the body of an answer in plain JSON; None until the first one
+    http_encoded: bytes | None  # the same with special values encoded
 
 
 class HttpBackend(Protocol):
@@ -62,7 +72,7 @@ class HttpBackend(Protocol):
         at_ts: int | None = None,
         *,
         is_admin: bool = False,
-    ) -> Result:
+    ) -> HttpResult:
         """At the published timestamp, or at one that `retain_snapshot` gave; `RequestError` if it is kept no more."""
 
     async def http_mutation(
@@ -76,6 +86,9 @@ class HttpBackend(Protocol):
 
     async def explain(self, path: str, arguments: bytes, identity: Identity | None) -> msgspec.Struct:
         """What one run of a query does; `FunctionNotFound`, `InvalidArgument`."""
+
+    async def profile(self, seconds: float) -> msgspec.Struct:
+        """Where the loop's time goes, from now on for so long; `Overloaded`."""
 
     def function_kind(self, path: str, *, is_admin: bool = False) -> Kind | None:
         """The kind of a function, for admins of internal ones too; None if there is none of this path."""
@@ -108,6 +121,12 @@ class _Run(msgspec.Struct, frozen=True):
     format: str | None = None
 
 
+class _Span(msgspec.Struct, frozen=True):
+    """The body of `/api/profile`."""
+
+    seconds: float
+
+
 class HttpDoor:
     """The handlers under `/api/`."""
 
@@ -126,20 +145,24 @@ class HttpDoor:
     async def function(self, request: web.Request) -> web.Response:
         """Any kind of function, for admins."""
         ask = _decode(await self.body(request), _Ask)
-        verified = await self._verify(request)
-        if verified is None or not verified.is_admin:
-            raise Forbidden("/api/function is for admins: send `Authorization: Convex <admin key>`.")
+        verified = await self._verify_admin(request)
         kind = self._kind_of(ask.path, is_admin=True)
-        return _json(await self._answer(ask, kind, verified.identity, is_admin=True))
+        return JsonAnswer(await self._answer(ask, kind, verified.identity, is_admin=True))
 
     async def explain(self, request: web.Request) -> web.Response:
         """What one run of a query does, for admins."""
         ask = _decode(await self.body(request), _Ask)
-        verified = await self._verify(request)
-        if verified is None or not verified.is_admin:
-            raise Forbidden("/api/explain is for admins: send `Authorization: Convex <admin key>`.")
+        verified = await self._verify_admin(request)
         explanation = await self._backend.explain(ask.path, self._arguments(ask.args), verified.identity)
-        return _json(msgspec.json.encode(explanation))
+        return JsonAnswer(msgspec.json.encode(explanation))
+
+    async def profile(self, request: web.Request) -> web.Response:
+        """Where the loop's time goes, for admins; answered when the span is over."""
+        await self._verify_admin(request)
+        seconds, seconds_max = _decode(await self.body(request), _Span).seconds, self._limits.profile_seconds_max
+        if not 0 < seconds <= seconds_max:
+            raise InvalidArgument(f"seconds: {seconds:g}; more than 0 and at most {seconds_max} are possible.")
+        return JsonAnswer(msgspec.json.encode(await self._backend.profile(seconds)))
 
     async def run(self, request: web.Request) -> web.Response:
         """A function whose path is in the address: `/api/run/live/quiz/join` is `live/quiz:join`."""
@@ -147,7 +170,7 @@ class HttpDoor:
         module, _, name = request.match_info["path"].rpartition("/")
         path = f"{module}:{name}" if module else name
         ask = _Ask(path=path, args=run.args, format=run.format)
-        return _json(await self._answer(ask, self._kind_of(path), await self.identity(request)))
+        return JsonAnswer(await self._answer(ask, self._kind_of(path), await self.identity(request)))
 
     async def query_by_address(self, request: web.Request) -> web.Response:
         """`GET /api/query?path=…&args=…&format=…`"""
@@ -156,7 +179,7 @@ class HttpDoor:
             raise InvalidArgument("path: missing. Ask for /api/query?path=chat:get_messages&args={…}.")
         args = _decode(parameters.get("args", "{}").encode(), Raw)
         ask = _Ask(path=parameters["path"], args=args, format=parameters.get("format"))
-        return _json(await self._answer(ask, "query", await self.identity(request)))
+        return JsonAnswer(await self._answer(ask, "query", await self.identity(request)))
 
     async def query_ts(self, request: web.Request) -> web.Response:
         """A timestamp for several queries that are to see one snapshot."""
@@ -167,7 +190,7 @@ class HttpDoor:
         if ask.ts is None:
             raise InvalidArgument("ts: missing. Ask /api/query_ts for one.")
         at_ts = protocol.decode_timestamp(ask.ts)
-        return _json(await self._answer(ask, "query", await self.identity(request), at_ts))
+        return JsonAnswer(await self._answer(ask, "query", await self.identity(request), at_ts))
 
     async def query_batch(self, request: web.Request) -> web.Response:
         """Several queries at one snapshot."""
@@ -183,7 +206,7 @@ class HttpDoor:
         identity = await self.identity(request)
         at_ts = self._backend.retain_snapshot()
         answers = [await self._answer(ask, "query", identity, at_ts) for ask in batch.queries]
-        return _json(b'{"results":[' + b",".join(answers) + b"]}")
+        return JsonAnswer(b'{"results":[' + b",".join(answers) + b"]}")
 
     async def debug_event(self, request: web.Request) -> web.Response:
         """Telemetry of clients: accepted, not kept."""
@@ -193,7 +216,7 @@ class HttpDoor:
 
     async def _one(self, request: web.Request, kind: Kind) -> web.Response:
         ask = _decode(await self.body(request), _Ask)
-        return _json(await self._answer(ask, kind, await self.identity(request)))
+        return JsonAnswer(await self._answer(ask, kind, await self.identity(request)))
 
     async def _answer(
         self, ask: _Ask, kind: Kind, identity: Identity | None, at_ts: int | None = None, *, is_admin: bool = False
@@ -204,23 +227,15 @@ class HttpDoor:
             error = FunctionNotFound(f"{ask.component_path}/{ask.path}", kind)
             return _failed(f"{error.code}: {error}", None, ())
         arguments = self._arguments(ask.args)
-        outcome: Result | MutationOutcome | ActionOutcome
+        outcome: MutationOutcome | ActionOutcome
         if kind == "query":
-            outcome = await self._backend.http_query(ask.path, arguments, identity, at_ts, is_admin=is_admin)
-        elif kind == "mutation":
+            result = await self._backend.http_query(ask.path, arguments, identity, at_ts, is_admin=is_admin)
+            return _body_of_result(result, is_lossy=is_lossy)
+        if kind == "mutation":
             outcome = await self._backend.http_mutation(ask.path, arguments, identity, is_admin=is_admin)
         else:
             outcome = await self._backend.http_action(ask.path, arguments, identity, is_admin=is_admin)
-        if outcome.failure is None:
-            assert outcome.value is not None, "a function that succeeded has a value"
-            return b'{"status":"success","value":%b,"logLines":%b}' % (
-                _in_format(outcome.value, is_lossy=is_lossy),
-                msgspec.json.encode(outcome.log_lines),
-            )
-        _raise_unless_of_function(outcome.failure)
-        data = outcome.failure.data
-        data = None if data is None else _in_format(data, is_lossy=is_lossy)
-        return _failed(outcome.failure.message, data, outcome.log_lines)
+        return _body_of(outcome, is_lossy=is_lossy)
 
     def _kind_of(self, path: str, *, is_admin: bool = False) -> Kind:
         return self._backend.function_kind(path, is_admin=is_admin) or "query"  # as a query it is then not found
@@ -229,7 +244,7 @@ class HttpDoor:
         """The JSON of the arguments object, which clients send bare (PyPI) or in an array (npm)."""
         text = bytes(args)
         if text.startswith(b"["):
-            text = protocol.unwrap_arguments(msgspec.json.decode(text, type=list[Raw]))
+            text = protocol.unwrap_arguments(_decode_arguments(text))
         if len(text) > self._limits.arguments_size_bytes_max:
             raise LimitExceeded(
                 "bytes of arguments",
@@ -243,7 +258,13 @@ class HttpDoor:
 
     async def body(self, request: web.Request) -> bytes:
         """The whole body, which arrives in time."""
+        content = request.content
         try:
+            if content.is_eof():  # it came with the header, as most do: a timer and the task's turns are saved
+                body = content.read_nowait()
+                if len(body) > request.client_max_size:
+                    raise web.HTTPRequestEntityTooLarge(request.client_max_size)
+                return body
             async with asyncio.timeout(self._limits.http_body_seconds_max):
                 return await request.read()
         except TimeoutError as error:
@@ -255,6 +276,12 @@ class HttpDoor:
         """Who asks, by the header `Authorization`; None without one. Raises AuthenticationFailed."""
         verified = await self._verify(request)
         return None if verified is None else verified.identity
+
+    async def _verify_admin(self, request: web.Request) -> Verified:
+        verified = await self._verify(request)
+        if verified is None or not verified.is_admin:
+            raise Forbidden(f"{request.path} is for admins: send `Authorization: Convex <admin key>`.")
+        return verified
 
     async def _verify(self, request: web.Request) -> Verified | None:
         authorization = request.headers.get("Authorization")
@@ -292,6 +319,31 @@ def error_response(error: BaseException) -> web.Response:
             return _error(500, "InternalServerError", "The server failed; its log says why.")
 
 
+def _body_of_result(result: HttpResult, *, is_lossy: bool) -> bytes:
+    """The same as `_body_of`, made once (4)."""
+    body = result.http_plain if is_lossy else result.http_encoded
+    if body is None:
+        body = _body_of(result, is_lossy=is_lossy)
+        if is_lossy:
+            result.http_plain = body
+        else:
+            result.http_encoded = body
+    return body
+
+
+def _body_of(outcome: Result | MutationOutcome | ActionOutcome, *, is_lossy: bool) -> bytes:
+    """What is told of a function that was run. Raises for what is no affair of the function's."""
+    log_lines = msgspec.json.encode(outcome.log_lines)
+    if outcome.failure is None:
+        assert outcome.value is not None, "a function that succeeded has a value"
+        value = _in_format(outcome.value, is_lossy=is_lossy)
+        return b'{"status":"success","value":%b,"logLines":%b}' % (value, log_lines)
+    _raise_unless_of_function(outcome.failure)
+    data = outcome.failure.data
+    data = None if data is None else _in_format(data, is_lossy=is_lossy)
+    return _failed(outcome.failure.message, data, outcome.log_lines)
+
+
 def _raise_unless_of_function(failure: Failure) -> None:
     """Failures that are not the function's have a status of their own (1)."""
     if failure.code in _RETRYABLE_CODES:
@@ -327,10 +379,6 @@ def _decode(body: bytes, body_type: type[_Body]) -> _Body:
         return msgspec.json.decode(body, type=body_type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArgument(f"the body is not what was expected: {error}") from error
-
-
-def _json(body: bytes) -> web.Response:
-    return web.Response(body=body, content_type="application/json", charset="utf-8")
 
 
 def _error(status: int, code: str, message: str) -> web.Response:

@@ -16,6 +16,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError, InternalError, Overloaded
 from engine.events import Events
 from engine.observe.log import log_events
+from engine.observe.profile import profile_text, recording
 from engine.server.app import serving
 from engine.server.development import Routes
 from engine.storage.connections import lock_holder, sqlite_warning
@@ -37,6 +39,7 @@ T = TypeVar("T")
 
 _ANY_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - listened on → where this machine finds it
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PROFILE_VARIABLE = "ENGINE_PROFILE"
 _log = logging.getLogger("engine")
 
 
@@ -87,7 +90,17 @@ async def serving_process(
         if config.public_url is None:
             engine.files.addresses.base = address
         stack.callback(engine.database.announce, address=None, key=None)
+        if os.environ.get(_PROFILE_VARIABLE, "0") != "0":
+            stack.enter_context(_profiled())
         yield engine, address
+
+
+@contextmanager
+def _profiled() -> Iterator[None]:
+    """Tell at the end where the time went."""
+    with recording() as recorded:
+        yield
+    sys.stderr.write(f"{profile_text(recorded.profile())}\n")
 
 
 def _collect_garbage_rarely() -> None:

@@ -19,7 +19,20 @@ from functools import lru_cache
 from math import inf
 from typing import Any, Literal, NamedTuple
 
-from engine.ranges import BY_CREATION_TIME, BYTES, HIGH, NULL, NUMBER, TEXT, IndexRange, OrderKey, Scalar
+from engine.ranges import (
+    BY_CREATION_TIME,
+    BYTES,
+    HIGH,
+    LOW,
+    NULL,
+    NUMBER,
+    TEXT,
+    IndexRange,
+    OrderKey,
+    Scalar,
+    after,
+    before,
+)
 from engine.schema import IndexColumn, IndexSchema, TableSchema
 from engine.storage.connections import Connection, Row
 from engine.storage.rows import RowCodec, deleted_sql, live_sql, quoted
@@ -51,6 +64,23 @@ def fetch(
         found = connection.fetch_all(sql, (*parameters, limit - len(rows)))
         rows = rows + found if rows else found
     return rows
+
+
+def fetch_under(
+    connection: Connection,
+    codec: RowCodec[Any],
+    index: IndexSchema,
+    prefix: OrderKey,
+    *,
+    descending: bool,
+    limit: int,
+) -> list[Row]:
+    """The same of all rows that have these values in the first columns."""
+    sql, ranks = _under_sql(codec.columns_sql, codec.table.name, index, len(prefix) // 2, descending)
+    if prefix[::2] == ranks:  # nearly always: one segment
+        return connection.fetch_all(sql, (*prefix[1::2], limit))  # type: ignore[arg-type]  # scalars at odd places
+    index_range = IndexRange(codec.table.name, index.name, before(prefix), after(prefix))
+    return fetch(connection, codec, index, index_range, descending=descending, limit=limit)
 
 
 def count(
@@ -218,6 +248,17 @@ def _fetch_sql(columns_sql: str, table: str, index: IndexSchema, shape: _Shape, 
     order = [quoted(column.name) + direction for column in index.columns[shape.equal_count + shape.is_null :]]
     order_sql = f" ORDER BY {', '.join(order)}" if order else ""
     return f"{_select_sql(columns_sql, table, index, shape)}{order_sql} LIMIT ?"
+
+
+@lru_cache(maxsize=4096)
+def _under_sql(
+    columns_sql: str, table: str, index: IndexSchema, equal_count: int, descending: bool
+) -> tuple[str, tuple[int | None, ...]]:
+    """The statement for all under a prefix, and the ranks of values that it is right for."""
+    ranks = tuple([column.rank for column in index.columns[:equal_count]])
+    if _part_count(index) > 1:
+        return "", (LOW,)  # of no value
+    return _fetch_sql(columns_sql, table, index, _Shape(equal_count), descending), ranks
 
 
 @lru_cache(maxsize=4096)

@@ -80,6 +80,12 @@ class View(Protocol):
     def take(self) -> ViewChange | None:
         """The newest consistent state; None while some query has no result there (`on_ready` follows)."""
 
+    def take_only(self, since_ts: int) -> tuple[int, Result] | None:
+        """A query id and its result if that alone is new, at its `ts`; None: `take` tells.
+
+        Of a subscriber whose state stands at `since_ts`; the result is a value, and not large.
+        """
+
     def close(self) -> None: ...
 
 

@@ -17,14 +17,15 @@ Invariants
      comes after it (also after a failure with data: the PyPI client waits for it).
   4. The first Transition answers every query of the client's first query set. Only successes go before it.
   5. After `closing` is set, nothing is taken in and nothing goes out.
-  6. What waits here is bounded: past `mutation_queue_count_max` reading pauses, and while the client lags no
+  6. A frame goes out past the outbox only in step: the client has all that was said, and nothing waits to be said.
+  7. What waits here is bounded: past `mutation_queue_count_max` reading pauses, and while the client lags no
      Transition is made and no request starts.
 
-The results are the backend's (`live`); what goes over the wire is made in `protocol`.
+The results are the backend's (`live`); what goes over the wire is made in `protocol`, and `shared_frames` for those in
+step. It is one class because each invariant ties all of its parts together: what is said depends on all that waits.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import assert_never
@@ -54,6 +55,7 @@ from engine.sync.backend import (
     Verified,
 )
 from engine.sync.protocol import Frame, Modification, Result, StateVersion
+from engine.sync.shared_frames import SharedFrames
 
 _log = logging.getLogger("engine.sync")
 
@@ -108,6 +110,55 @@ _Answer = _MutationAnswer | _ActionAnswer
 class Session:
     """The state of one connection; the table above says how it moves."""
 
+    __slots__ = (
+        "_accepts_chunks",
+        "_actions",
+        "_answered_up_to",
+        "_answers",
+        "_backend",
+        "_clock",
+        "_clock_skew_ms",
+        "_confirming_up_to",
+        "_expiry",
+        "_failures_held",
+        "_has_sent_transition",
+        "_identity",
+        "_identity_wait",
+        "_inbox",
+        "_is_ending",
+        "_is_in_step",
+        "_is_lagging",
+        "_is_starting",
+        "_is_transition_owed",
+        "_is_view_ready",
+        "_limits",
+        "_may_confirm_identity_alone",
+        "_mutations",
+        "_opened_at",
+        "_owed_ts",
+        "_peer_code",
+        "_query_ids",
+        "_received_identity",
+        "_received_query_set",
+        "_refusals",
+        "_refused_ids",
+        "_removed_ids",
+        "_running_actions",
+        "_running_mutation",
+        "_sent",
+        "_sent_at",
+        "_shared",
+        "_timer",
+        "_view",
+        "_wake_door",
+        "_write",
+        "closing",
+        "outbox",
+        "ping_payload",
+        "session_id",
+        "unverified",
+    )
+
     def __init__(
         self,
         backend: Backend,
@@ -116,6 +167,8 @@ class Session:
         *,
         wake: Callable[[], None],
         accepts_chunks: bool = False,
+        write: Callable[[bytes], object] | None = None,
+        shared: SharedFrames | None = None,
     ) -> None:
         self.outbox: list[Frame] = []  # in order; the door takes and clears
         self.ping_payload: bytes | None = None  # a WebSocket ping to send after the outbox; the door takes and clears
@@ -123,8 +176,10 @@ class Session:
         self.unverified: Credential | None = None  # the door is to have it verified, then to `accept` or `refuse`
         self.session_id: str | None = None  # None until Connect
 
-        self._backend, self._limits, self._clock, self._wake = backend, limits, clock, wake
+        self._backend, self._limits, self._clock, self._wake_door = backend, limits, clock, wake
         self._accepts_chunks = accepts_chunks
+        self._write, self._shared = write, shared  # how a ready frame goes out at once, and where it is from
+        self._is_in_step = False  # the client has all there is, and nothing is under way to it: set by `flush` only
         self._view = backend.make_view(self._on_view_ready)
         self._clock_skew_ms: int | None = None
 
@@ -133,18 +188,18 @@ class Session:
         self._received_identity = 0
         self._sent = StateVersion(0, 0, 0)
 
-        self._inbox: deque[protocol.Message] = deque()  # what came while `unverified` was set
+        self._inbox: list[protocol.Message] = []  # what came while `unverified` was set
         self._identity: Identity | None = None
         self._expiry: TimerHandle | None = None
 
-        self._query_ids: set[int] = set()  # of the client's query set
-        self._refused_ids: set[int] = set()  # those of them that are not in the view
+        self._query_ids: dict[int, None] = {}  # of the client's query set
+        self._refused_ids: dict[int, None] = {}  # those of them that are not in the view
         self._refusals: dict[int, bytes] = {}  # their fragments, not sent yet
-        self._removed_ids: set[int] = set()  # not acknowledged yet
+        self._removed_ids: dict[int, None] = {}  # not acknowledged yet
 
-        self._mutations: deque[_Request] = deque()
+        self._mutations: list[_Request] = []
         self._running_mutation: _Request | None = None
-        self._actions: deque[_Request] = deque()
+        self._actions: list[_Request] = []
         self._running_actions: dict[_Request, Running | None] = {}  # None while it is being started
         self._is_starting = False
         self._answers: list[_Answer] = []  # not in the outbox yet, in the order they came about
@@ -172,6 +227,7 @@ class Session:
         """Take in one message; its effects show at the next `flush`."""
         if self.closing is not None:
             return  # 5
+        self._is_in_step = False
         if self.session_id is None and len(text) > self._limits.message_before_connect_size_bytes_max:
             self.close(protocol.CLOSE_TOO_BIG, "MessageTooLargeBeforeConnect")
             return
@@ -195,6 +251,7 @@ class Session:
             self._put_transition()
         if self._is_ending and self._running_mutation is None:
             self.close(protocol.CLOSE_GOING_AWAY, "")
+        self._is_in_step = self._write is not None and self._has_said_all()
 
     @property
     def is_reading_paused(self) -> bool:
@@ -210,7 +267,7 @@ class Session:
         self.unverified = None
         self._accept_identity(verified.identity, verified.expires_at_ms)
         while self._inbox and self.unverified is None:  # empty when something in it closed the session
-            self._apply(self._inbox.popleft())
+            self._apply(self._inbox.pop(0))
         self._wake()
 
     def refuse(self, error: AuthenticationFailed) -> None:
@@ -221,6 +278,7 @@ class Session:
     def set_lagging(self, is_lagging: bool) -> None:
         """Whether the client takes too long to read: it is skipped, and later gets the newest state only."""
         self._is_lagging = is_lagging
+        self._is_in_step = False
         if not is_lagging and self.closing is None:
             self._start_requests()
             self._wake()
@@ -330,10 +388,10 @@ class Session:
         self._received_query_set = message.new_version
 
     def _add_query(self, query: protocol.AddQuery) -> None:
-        self._query_ids.add(query.query_id)
-        self._removed_ids.discard(query.query_id)  # one modification for each query: its result says enough
+        self._query_ids[query.query_id] = None
+        self._removed_ids.pop(query.query_id, None)  # one modification for each query: its result says enough
         if len(self._refused_ids) >= self._limits.query_count_max:
-            self.close(protocol.CLOSE_TRY_AGAIN_LATER, "TooManyRefusedQueries")  # 6
+            self.close(protocol.CLOSE_TRY_AGAIN_LATER, "TooManyRefusedQueries")  # 7
             return
         try:
             if len(self._query_ids) > self._limits.query_count_max:
@@ -345,7 +403,7 @@ class Session:
                 )
             arguments = self._arguments(query, "query")
         except RequestError as error:
-            self._refused_ids.add(query.query_id)
+            self._refused_ids[query.query_id] = None
             self._refusals[query.query_id] = protocol.refusal(_refusal(error))
         else:
             self._view.add(query.query_id, query.udf_path, arguments, query.journal)
@@ -353,10 +411,10 @@ class Session:
     def _remove_query(self, query_id: int) -> None:
         if query_id not in self._query_ids:
             return
-        self._query_ids.remove(query_id)
-        self._removed_ids.add(query_id)
+        del self._query_ids[query_id]
+        self._removed_ids[query_id] = None
         if query_id in self._refused_ids:
-            self._refused_ids.remove(query_id)
+            del self._refused_ids[query_id]
             self._refusals.pop(query_id, None)
         else:
             self._view.remove(query_id)
@@ -462,15 +520,15 @@ class Session:
         self._is_starting = True
         try:
             while self._mutations and self._running_mutation is None and self._may_start():
-                self._start_mutation(self._mutations.popleft())
+                self._start_mutation(self._mutations.pop(0))
             limit = self._limits.action_concurrent_count_max
             while self._actions and len(self._running_actions) < limit and self._may_start():
-                self._start_action(self._actions.popleft())
+                self._start_action(self._actions.pop(0))
         finally:
             self._is_starting = False
 
     def _may_start(self) -> bool:
-        return not (self._is_lagging or self._is_ending) and self.closing is None  # 6
+        return not (self._is_lagging or self._is_ending) and self.closing is None  # 7
 
     def _start_mutation(self, request: _Request) -> None:
         assert self.session_id is not None
@@ -546,16 +604,51 @@ class Session:
             case _:
                 assert_never(answer)
 
+    def _wake(self) -> None:
+        """There is something to say: the door is to flush."""
+        self._is_in_step = False
+        self._wake_door()
+
     def _on_view_ready(self) -> None:
+        """Nearly always it is one result that others are sent too: then it goes out at once, and ready made."""
+        if self._is_in_step:
+            only = self._view.take_only(self._sent.ts)
+            if only is not None:
+                self._send_shared(*only)
+                return
         self._is_view_ready = True
         self._wake()
+
+    def _send_shared(self, query_id: int, result: Result) -> None:
+        assert self._shared is not None
+        assert self._write is not None
+        frame, self._sent, self._sent_at = self._shared.get(self._sent, query_id, result)
+        try:
+            self._write(frame)
+        except Exception:
+            self.close(protocol.CLOSE_INTERNAL_ERROR, _INTERNAL_SERVER_ERROR)  # the client lacks what `_sent` says
+            raise
+
+    def _has_said_all(self) -> bool:
+        return self._has_sent_transition and not (
+            self._is_lagging
+            or self._answers
+            or self._is_transition_owed
+            or self._failures_held
+            or self._is_announcement_due
+            or self.closing is not None
+        )
+
+    @property
+    def _is_announcement_due(self) -> bool:
+        """Whether the client announced something that no Transition has confirmed."""
+        sent = self._sent
+        return sent.query_set != self._received_query_set or sent.identity != self._received_identity
 
     def _is_transition_due(self) -> bool:
         if self._is_lagging or self.closing is not None:
             return False
-        is_announced = (
-            self._sent.query_set != self._received_query_set or self._sent.identity != self._received_identity
-        )
+        is_announced = self._is_announcement_due
         if not self._has_sent_transition and self._received_query_set == 0:
             return self._is_transition_owed or (
                 is_announced and self._may_confirm_identity_alone and self.unverified is None
@@ -573,7 +666,7 @@ class Session:
             return
         end = StateVersion(self._received_query_set, self._received_identity, change.ts)
         start = self._sent
-        is_same_set = start.query_set == end.query_set and start.identity == end.identity
+        is_same_set = not self._is_announcement_due
         is_late = change.ts < self._owed_ts  # the view was held at an older state, and is ready again soon
         if not modifications and is_same_set and (is_late or not self._is_transition_owed):
             return  # nothing to tell: the PyPI client would yield every value again
@@ -582,7 +675,7 @@ class Session:
             start,
             end,
             modifications,
-            self._stamp(),
+            None if is_same_set else self._stamp(),
             frame_size_bytes_max=self._limits.transition_size_bytes_max,
             accepts_chunks=self._accepts_chunks,
         )
@@ -634,11 +727,12 @@ class Session:
         if not self._is_lagging:  # else it has bytes of ours on their way
             if is_silent:
                 self._put(protocol.PING)
+                self._wake()
             answered_up_to = self._fully_answered_up_to()
             if answered_up_to > self._confirming_up_to:
                 self._confirming_up_to = answered_up_to
                 self.ping_payload = b"%d" % answered_up_to
-            self._wake()
+                self._wake()
         self._timer = self._clock.call_later(interval_seconds if is_silent else rest_seconds, self._tick)
 
     def _fully_answered_up_to(self) -> int:

@@ -26,6 +26,7 @@ from engine.clock import Clock, cpu_clock
 from engine.errors import EngineClosed, EngineError, InternalError, Overloaded, RequestIdReused, StorageFull
 from engine.limits import Limits
 from engine.storage.connections import WriterConnection
+from engine.transaction.kept import Kept
 from engine.transaction.ledger import Ledger, LedgerKey
 from engine.transaction.reading import Catalog
 from engine.transaction.transaction import TickSource, WriteTransaction
@@ -95,6 +96,7 @@ class Committer:
         self._queue: deque[Submission] = deque()
         self._is_forgetting = False
         self._checkpoint_above_bytes = limits.wal_checkpoint_size_bytes
+        self._kept = Kept(limits)  # of what the writer sees
         self._wake = asyncio.Event()
         self._worker = Worker("engine-commit")
         self._is_closing = False
@@ -120,7 +122,10 @@ class Committer:
     async def between_groups(self) -> AsyncIterator[WriterConnection]:
         """The writer for something that is no mutation (a schema change); no group runs meanwhile."""
         async with self._between_groups:
-            yield self._writer
+            try:
+                yield self._writer
+            finally:
+                self._kept.clear()  # it was not told
 
     async def run(self) -> None:
         """Commit groups until closed; ends at once, having told `on_fatal`, when storage cannot be trusted."""
@@ -132,6 +137,10 @@ class Committer:
                     continue
                 async with self._between_groups:
                     await self._commit_group()
+                if self._queue:
+                    # those who were just answered may join: else half of the callers of a closed loop wait for the
+                    # other half, and there are 1.8 × the commits
+                    await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 - a bug of ours is no better than unknown storage: invariant 5
             self._is_closing = True
             self._on_fatal(error if isinstance(error, InternalError) else _bug(error))
@@ -162,8 +171,11 @@ class Committer:
             try:
                 self._close_group()
                 await self._worker.run(self._writer.commit)
+                self._ledger.keep()
             except StorageFull as error:  # nothing of the group happened
                 self._writer.rollback()
+                self._ledger.undo()
+                self._kept.clear()
                 group = Group(
                     self.published_ts,
                     [(submission, Settled(self.published_ts, error=error)) for submission, _ in group.settled],
@@ -196,7 +208,8 @@ class Committer:
         """What goes into the group's transaction besides the mutations."""
         if self._is_forgetting:
             self._is_forgetting = not self._ledger.forget(self._writer, self._clock.wall_ns(), self._clock.monotonic())
-        self._writer.write_meta(self._last_ts, self._ticks.last_tick)
+        row_count = self._ledger.write(self._writer)
+        self._writer.write_meta(self._last_ts, self._ticks.last_tick, row_count)
 
     def _run_group(self) -> Group:
         """Run mutations that wait, back to back, into one open transaction."""
@@ -212,6 +225,8 @@ class Committer:
                 # been answered, so the others run again in the next group and only this one fails. (Not in this one:
                 # another program may hold the lock by now, and `_begin` waits for it.)
                 self._queue.extendleft(other for other, _ in reversed(settled))
+                self._ledger.undo()
+                self._kept.clear()
                 if outcome.error is None:
                     outcome = Settled(self.published_ts, error=StorageFull("storage refused a write; try again."))
                 return Group(self.published_ts, [(submission, outcome)], WriteSet())
@@ -224,25 +239,28 @@ class Committer:
         """Run one mutation in its savepoint; add its writes to the group's when it succeeds."""
         writer, key = self._writer, submission.key
         try:
-            if key is not None and (recorded := self._ledger.lookup(writer, key)) is not None:
+            if key is not None and (recorded := self._ledger.find(writer, key)) is not None:
                 return Settled(recorded.ts, recorded=recorded.value)
             writer.savepoint()
-            transaction = WriteTransaction(writer, self.catalog, self._limits, self._ticks, self._clock)
+            transaction = WriteTransaction(writer, self.catalog, self._limits, self._ticks, self._clock, self._kept)
             execution = submission.execute(transaction)
             if not writer.in_transaction:
                 return Settled(self.published_ts)
             if execution.value is None:
                 writer.rollback_to()
                 writer.release()
+                transaction.undone()
                 return Settled(self._last_ts, execution=execution)
             write_set = transaction.write_set
-            if len(write_set) or transaction.has_hidden_writes:
-                ts = max(self._last_ts + 1, self._clock.wall_ns())
-                if key is not None:
-                    self._ledger.record(writer, key, ts, execution.value)
-                self._last_ts = ts
-                group_writes.merge(write_set)
+            has_written = len(write_set) or transaction.has_hidden_writes
+            if has_written and key is not None:
+                self._ledger.check_room()
             writer.release()
+            if has_written:
+                self._last_ts = max(self._last_ts + 1, self._clock.wall_ns())
+                group_writes.merge(write_set)
+                if key is not None:
+                    self._ledger.record(key, self._last_ts, execution.value)
             return Settled(self._last_ts, execution=execution, write_set=write_set)
         except RequestIdReused as error:  # from the look-up, before anything ran
             return Settled(self._last_ts, error=error)
@@ -250,6 +268,7 @@ class Committer:
             if writer.in_transaction:
                 writer.rollback_to()
                 writer.release()
+                transaction.undone()
             return Settled(self._last_ts, error=error)
 
     async def _checkpoint(self) -> None:

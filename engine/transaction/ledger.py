@@ -1,9 +1,15 @@
 """(session id, request id) → outcome, in the same commit as the writes: what makes a resent mutation apply once.
 
+    find ──it came before──> answered          record ──> of the open group ──write──> rows ──COMMIT──> kept
+      └──else it runs ──────────────────────────┘              └──undone, wholly or for one mutation──> forgotten
+
 Invariants
   1. A row is in the same SQLite transaction as the effects of its mutation; only mutations that wrote have one.
   2. A key answers only the identity and arguments that it was recorded with; another asker is refused.
   3. Rows go `ledger_seconds_after_seen` after the client surely saw the answer, else after `ledger_days`.
+  4. No row of a session, and no outcome of the open group, has a higher request id than is noted for that session.
+
+The ids of a session grow, so the note tells nearly always that a request is new, without a look-up in the table.
 """
 
 import hashlib
@@ -12,7 +18,7 @@ import msgspec
 
 from engine.errors import Overloaded, RequestIdReused
 from engine.limits import Limits
-from engine.storage.connections import Connection
+from engine.storage.connections import Connection, WriterConnection
 
 CREATE = """
 CREATE TABLE IF NOT EXISTS _engine_ledger (
@@ -39,16 +45,19 @@ class LedgerKey(msgspec.Struct, frozen=True):
     def of(
         cls, session_id: str, request_id: int, token_identifier: str | None, path: str, arguments: bytes
     ) -> "LedgerKey":
-        digest = hashlib.blake2b(digest_size=16)
-        for part in ((token_identifier or "").encode(), path.encode(), arguments):
-            digest.update(len(part).to_bytes(8))
-            digest.update(part)
-        return cls(session_id, request_id, digest.digest())
+        who, what = (token_identifier or "").encode(), path.encode()
+        # each part after its length; in one piece: 0.7 × the instructions of an update for each
+        sizes = len(who).to_bytes(8), len(what).to_bytes(8), len(arguments).to_bytes(8)
+        asked = b"".join((sizes[0], who, sizes[1], what, sizes[2], arguments))
+        return cls(session_id, request_id, hashlib.blake2b(asked, digest_size=16).digest())
 
 
 class RecordedOutcome(msgspec.Struct, frozen=True):
     ts: int
     value: bytes
+
+
+_Row = tuple[str, int, bytearray, int, bytearray]  # as in the table
 
 
 class _Seen:
@@ -68,16 +77,22 @@ class Ledger:
         self._limits = limits
         self._swept_up_to = ("", -1)  # where the search for old rows goes on
         self._seen: dict[str, _Seen] = {}  # by session id; one entry each, however much it writes
-        self._row_count = row_count  # exact at start; a group that is rolled back leaves it a little too high
+        self._row_count = row_count  # in the table, as the open group sees it
+        self._durable_row_count = row_count
+        self._open: dict[tuple[str, int], _Row] = {}  # of the open group, in order; by session and request id
+        self._newest_request_id: dict[str, int] = {}  # by session id (invariant 4); -1: it has none
+        self.lookup_count = 0  # in the table, for the open group
 
     @classmethod
-    def open(cls, writer: Connection, limits: Limits) -> "Ledger":
+    def open(cls, writer: WriterConnection, limits: Limits) -> "Ledger":
         writer.execute(CREATE)
-        ((count,),) = writer.fetch_all("SELECT count(*) FROM _engine_ledger")
+        count = writer.read_ledger_row_count()
+        if count is None:  # an older engine did not keep it
+            ((count,),) = writer.fetch_all("SELECT count(*) FROM _engine_ledger")
         return cls(limits, count)
 
     def lookup(self, connection: Connection, key: LedgerKey) -> RecordedOutcome | None:
-        """The outcome recorded for this request, if it was committed before (invariant 2)."""
+        """The outcome in the table for this request (invariant 2)."""
         rows = connection.fetch_all(
             "SELECT digest, ts, value FROM _engine_ledger WHERE session_id = ? AND request_id = ?",
             (key.session_id, key.request_id),
@@ -85,26 +100,73 @@ class Ledger:
         if not rows:
             return None
         ((digest, ts, value),) = rows
-        if digest != key.digest:
-            raise RequestIdReused(
-                f"request id {key.request_id} of this session was used for another request. "
-                "A client must give each mutation a request id of its own."
-            )
-        return RecordedOutcome(ts, value)
+        return _outcome(key, digest, ts, value)
 
-    def record(self, connection: Connection, key: LedgerKey, ts: int, value: bytes) -> None:
-        """Remember the outcome in the transaction that is open."""
-        if self._row_count >= self._limits.ledger_row_count_max:
+    # -- of the group that is open
+
+    def find(self, writer: Connection, key: LedgerKey) -> RecordedOutcome | None:
+        """The outcome recorded for this request, if it was run before, or in the open group."""
+        newest = self._newest_request_id.get(key.session_id)
+        if newest is None:
+            newest = self._note_newest(writer, key.session_id)
+        if key.request_id > newest:
+            return None
+        row = self._open.get((key.session_id, key.request_id))
+        if row is not None:
+            _, _, digest, ts, value = row
+            return _outcome(key, digest, ts, value)
+        self.lookup_count += 1
+        return self.lookup(writer, key)
+
+    def check_room(self) -> None:
+        """Raises Overloaded when no more can be recorded."""
+        count = self._row_count + len(self._open)
+        if count >= self._limits.ledger_row_count_max:
             raise Overloaded(
-                f"exactly-once ledger: {self._row_count:,} outcomes kept, {self._limits.ledger_row_count_max:,} "
+                f"exactly-once ledger: {count:,} outcomes kept, {self._limits.ledger_row_count_max:,} "
                 "allowed. "
                 "Try again later, or raise limits.ledger_row_count_max."
             )
-        connection.execute(
-            "INSERT INTO _engine_ledger VALUES (?, ?, ?, ?, ?)",
-            (key.session_id, key.request_id, key.digest, ts, value),
+
+    def record(self, key: LedgerKey, ts: int, value: bytes) -> None:
+        """Remember the outcome of a mutation that stays in the open group."""
+        session_id, request_id = key.session_id, key.request_id
+        # sqlite3 asks each `bytes` for an adapter, a `bytearray` not: 0.8 × the instructions of a row
+        self._open[session_id, request_id] = (session_id, request_id, bytearray(key.digest), ts, bytearray(value))
+        if request_id > self._newest_request_id.get(session_id, request_id):
+            self._newest_request_id[session_id] = request_id
+
+    def write(self, writer: WriterConnection) -> int:
+        """Put the outcomes of the open group into its transaction; how many rows there are with them."""
+        if self._open:
+            writer.execute_many("INSERT INTO _engine_ledger VALUES (?, ?, ?, ?, ?)", self._open.values())
+            self._row_count += len(self._open)
+        return self._row_count
+
+    def keep(self) -> None:
+        """The group is durable."""
+        self._open.clear()
+        self._durable_row_count = self._row_count
+
+    def undo(self) -> None:
+        """Nothing of the group happened. What is noted for its sessions may be too high now: that costs a look-up."""
+        self._open.clear()
+        self._row_count = self._durable_row_count
+
+    def _note_newest(self, writer: Connection, session_id: str) -> int:
+        """Note the newest request of a session that is not noted (any more)."""
+        noted = self._newest_request_id
+        if len(noted) >= self._limits.ledger_session_count_max:
+            del noted[next(iter(noted))]
+        self.lookup_count += 1
+        ((newest,),) = writer.fetch_all(
+            "SELECT max(request_id) FROM _engine_ledger WHERE session_id = ?", (session_id,)
         )
-        self._row_count += 1
+        in_open = [request_id for session, request_id in self._open if session == session_id]
+        noted[session_id] = max(-1 if newest is None else newest, *in_open, -1)
+        return noted[session_id]
+
+    # -- forgetting
 
     def saw(self, session_id: str, request_id: int, now_seconds: float) -> None:
         """The client surely has the answers up to this request."""
@@ -147,3 +209,13 @@ class Ledger:
 
     def _delete(self, connection: Connection, sql: str, parameters: tuple[str | int, ...]) -> None:
         self._row_count -= connection.execute(sql, parameters).rowcount
+
+
+def _outcome(key: LedgerKey, digest: bytes | bytearray, ts: int, value: bytes | bytearray) -> RecordedOutcome:
+    """Invariant 2."""
+    if digest != key.digest:
+        raise RequestIdReused(
+            f"request id {key.request_id} of this session was used for another request. "
+            "A client must give each mutation a request id of its own."
+        )
+    return RecordedOutcome(ts, bytes(value))

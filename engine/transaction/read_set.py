@@ -50,7 +50,7 @@ class ReadSet:
 
     def __init__(self, range_count_max: int) -> None:
         self._range_count_max = range_count_max
-        self._range_count = 0  # and searches; see `_take_room`
+        self._range_count = 0  # and searches; see `take_room`
         self.documents: set[tuple[str, str]] = set()  # (table, id), also of missing documents
         self.cells: set[CellEntry] = set()  # only another number re-runs
         self.ranges: list[IndexRange] = []  # any write to a document inside re-runs
@@ -67,7 +67,7 @@ class ReadSet:
 
     def add_range(self, index_range: IndexRange) -> int:
         """Add a range; the returned place is for `replace_range` while its scan goes on."""
-        self._take_room()
+        self.take_room()
         self.ranges.append(index_range)
         return len(self.ranges) - 1
 
@@ -76,11 +76,11 @@ class ReadSet:
         self.ranges[place] = index_range
 
     def add_key_range(self, index_range: IndexRange) -> None:
-        self._take_room()
+        self.take_room()
         self.key_ranges.append(index_range)
 
     def add_search(self, search: SearchRead) -> None:
-        self._take_room()
+        self.take_room()
         self.searches.append(search)
 
     def rerun_by(self, when_ms: float) -> None:
@@ -117,7 +117,8 @@ class ReadSet:
             and self.searches == other.searches
         )
 
-    def _take_room(self) -> None:
+    def take_room(self) -> None:
+        """One range or search more is read."""
         if self._range_count >= self._range_count_max:
             raise LimitExceeded(
                 "index ranges read",
@@ -126,3 +127,30 @@ class ReadSet:
                 remedy="Read one wider range, or raise limits.read_range_count_max.",
             )
         self._range_count += 1
+
+
+class UntrackedReads(ReadSet):
+    """Of a mutation: nobody asks what it depended on, but its ranges and searches are as many at most."""
+
+    __slots__ = ()
+
+    def __init__(self, range_count_max: int) -> None:
+        self._range_count_max = range_count_max
+        self._range_count = 0
+        self.rerun_at_ms = None
+
+    def add_document(self, table: str, document_id: str) -> None:
+        pass
+
+    def add_cell(self, entry: CellEntry) -> None:
+        pass
+
+    def add_range(self, index_range: IndexRange) -> int:
+        self.take_room()
+        return 0
+
+    def add_key_range(self, index_range: IndexRange) -> None:
+        self.take_room()
+
+    def add_search(self, search: SearchRead) -> None:
+        self.take_room()

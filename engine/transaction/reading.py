@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from engine.errors import InvalidDocument, LimitExceeded
-from engine.ids import TAG_LENGTH, is_id
+from engine.ids import TAG_LENGTH, looks_like_id
 from engine.limits import Limits
 from engine.ranges import IndexRange, OrderKey, Scalar, after, before, key_prefix
 from engine.schema import AggregateSchema, IndexSchema, Table, TableSchema
@@ -22,9 +22,10 @@ from engine.storage import ranked, scans
 from engine.storage import search as search_indexes
 from engine.storage import totals as cells
 from engine.storage.connections import Connection
-from engine.storage.rows import RowCodec
+from engine.storage.rows import RowCodec, Stored
 from engine.transaction import rules, totals
-from engine.transaction.read_set import CellEntry, ReadSet, SearchRead
+from engine.transaction.kept import SCAN_COUNT_MAX, Kept, prefix_of
+from engine.transaction.read_set import CellEntry, ReadSet, SearchRead, UntrackedReads
 
 if TYPE_CHECKING:
     from engine.transaction.transaction import WriteTransaction
@@ -65,6 +66,7 @@ class Catalog:
         self.triggered, self.fire = frozenset(triggered), fire
         # what the engine itself does, with the transaction and the document, when one of a class is deleted
         self.on_delete = on_delete or {}
+        self.plans: dict[Any, Any] = {}  # of queries that functions make: `functions/bounds.py`
         self._by_type: dict[type[Table], RowCodec[Any]] = {}
         self._by_tag: dict[str, RowCodec[Any]] = {}
         self._by_table: dict[str, RowCodec[Any]] = {}
@@ -94,7 +96,7 @@ class Catalog:
 
     def of_id(self, document_id: str) -> RowCodec[Any]:
         codec = self._by_tag.get(str(document_id)[:TAG_LENGTH])
-        if codec is None or not is_id(document_id, codec.table.id_tag):
+        if codec is None or not looks_like_id(document_id):
             raise InvalidDocument(f"{document_id!r} is not an id of any table.")
         return codec
 
@@ -105,20 +107,22 @@ class ReadTransaction:
     is_tracked: ClassVar[bool] = True  # whether the read set is to be exact
     run: object | None = None  # of the function that runs; for triggers
     write_count = 0  # stays so, unless this is a WriteTransaction
+    read_count = 0  # documents, also those that a filter then drops
+    read_size_bytes = 0
+    check_deadline: Callable[[], None] = staticmethod(no_deadline)  # another one while a function runs
 
     def __init__(
         self,
         connection: Connection,
         catalog: Catalog,
         limits: Limits,
+        kept: Kept | None = None,
     ) -> None:
         self._connection = connection
         self.catalog = catalog
         self._limits = limits
-        self.check_deadline: Callable[[], None] = no_deadline  # another one while a function runs
-        self.read_set = ReadSet(limits.read_range_count_max)
-        self.read_count = 0  # documents, also those that a filter then drops
-        self.read_size_bytes = 0
+        self._kept = kept  # of what this connection sees; None: nothing is kept of it
+        self.read_set = (ReadSet if self.is_tracked else UntrackedReads)(limits.read_range_count_max)
 
     def impose(self, limits: Limits, check_deadline: Callable[[], None]) -> None:
         """A function begins: what it uses is counted from here on, and bounded."""
@@ -132,7 +136,8 @@ class ReadTransaction:
     def get(self, document_id: str, *, with_deleted: bool = False) -> Table | None:
         """The document, or None; either way the run depends on that one row."""
         codec = self.catalog.of_id(document_id)
-        self.read_set.add_document(codec.table.name, document_id)
+        if self.is_tracked:
+            self.read_set.add_document(codec.table.name, document_id)
         return self._read(codec, document_id, with_deleted=with_deleted)
 
     def scan(
@@ -145,16 +150,47 @@ class ReadTransaction:
         limit: int | None,
     ) -> list[Any]:
         """Documents in index order, at most `limit`; the caller adds to the read set what it consumes of them."""
+        codec = self.catalog.of_type(document_type)
+        prefix = prefix_of(index_range)
+        if prefix is not None:
+            return self.under(codec, index, prefix, descending=descending, limit=limit)
         self.check_deadline()
         if index_range.start >= index_range.end:
             return []
-        codec = self.catalog.of_type(document_type)
         room = self._limits.read_document_count_max - self.read_count
         wanted = room + 1 if limit is None else min(limit, room + 1)
         rows = scans.fetch(self._connection, codec, index, index_range, descending=descending, limit=wanted)
         self._spend(codec, rows)
         decode = codec.decode
         return [decode(row) for row in rows]
+
+    def under(
+        self, codec: RowCodec[Any], index: IndexSchema, prefix: OrderKey, *, descending: bool, limit: int | None
+    ) -> list[Any]:
+        """As `scan`, of all documents that have these values in the first columns of the index."""
+        self.check_deadline()
+        room = self._limits.read_document_count_max - self.read_count
+        wanted = room + 1 if limit is None or limit > room else limit
+        kept = None if codec.table.is_hidden else self._kept
+        found = None if kept is None else kept.find(index, prefix, wanted, descending=descending)
+        if found is None:
+            rows = scans.fetch_under(self._connection, codec, index, prefix, descending=descending, limit=wanted)
+            if kept is None or len(rows) > SCAN_COUNT_MAX:
+                self._spend(codec, rows)
+                decode = codec.decode
+                return [decode(row) for row in rows]
+            size_of = codec.size_of_row
+            found = [Stored(row, size_of(row)) for row in rows]
+            kept.keep_scan(codec, index, prefix, found, descending=descending, is_whole=len(found) < wanted)
+        if len(found) == 1:
+            (stored,) = found
+            self._spend_read(1, stored.size_bytes)
+            return [stored.give(codec)]
+        size_bytes = 0
+        for stored in found:
+            size_bytes += stored.size_bytes
+        self._spend_read(len(found), size_bytes)
+        return [document if (document := s.document) is not None else s.give(codec) for s in found]
 
     def find(self, document_type: type[T], index_name: str, *values: Scalar, limit: int | None = None) -> list[T]:
         """The documents that the index has under these column values, in its order; a read of the engine itself."""
@@ -291,24 +327,36 @@ class ReadTransaction:
 
     def _read(self, codec: RowCodec[Any], document_id: str, *, with_deleted: bool) -> Table | None:
         self.check_deadline()
-        row = codec.get(self._connection, document_id)
-        if row is None:
-            self._spend_documents(1)  # a look-up is one too
-            return None
-        self._spend(codec, [row])
-        document: Table = codec.decode(row)
+        kept = self._kept
+        stored = None if kept is None else kept.get(document_id)
+        if stored is None:
+            row = codec.get(self._connection, document_id)
+            if row is None:
+                self._spend_documents(1)  # a look-up is one too
+                return None
+            stored = Stored(row, codec.size_of_row(row))
+            if kept is not None and not codec.table.is_hidden:
+                kept.keep(stored)
+        self._spend_read(1, stored.size_bytes)
+        document: Table = stored.give(codec)
         if codec.table.deleted_field is None or with_deleted:
             return document
         return None if codec.table.is_deleted(document) else document
 
     def _spend(self, codec: RowCodec[Any], rows: list[Any]) -> None:
-        self._spend_documents(len(rows))
-        self.read_size_bytes += sum(map(codec.size_of_row, rows))
-        if self.read_size_bytes > self._limits.read_size_bytes_max:
+        self._spend_read(len(rows), sum(map(codec.size_of_row, rows)))
+
+    def _spend_read(self, count: int, size_bytes: int) -> None:
+        limits = self._limits
+        self.read_count += count
+        self.read_size_bytes += size_bytes
+        if self.read_count > limits.read_document_count_max:
+            self._spend_documents(0)
+        if self.read_size_bytes > limits.read_size_bytes_max:
             raise LimitExceeded(
                 "bytes read by one run",
                 used=self.read_size_bytes,
-                allowed=self._limits.read_size_bytes_max,
+                allowed=limits.read_size_bytes_max,
                 remedy="Read fewer documents (an index, take, paginate), or raise limits.read_size_bytes_max.",
             )
 

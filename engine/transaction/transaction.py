@@ -23,8 +23,9 @@ from engine.schema import ForeignKey, Table, TableSchema
 from engine.storage import scans
 from engine.storage import search as search_indexes
 from engine.storage.connections import WriterConnection
-from engine.storage.rows import RowCodec
+from engine.storage.rows import RowCodec, Stored
 from engine.transaction import rules, totals
+from engine.transaction.kept import Kept
 from engine.transaction.reading import Catalog, ReadTransaction
 from engine.transaction.write_set import Write, WriteSet
 
@@ -55,6 +56,10 @@ class Savepoint(msgspec.Struct, frozen=True):
 class WriteTransaction(ReadTransaction):
     """What one mutation reads and writes; it sees its own writes."""
 
+    has_hidden_writes = False  # to tables that no query can depend on: to be committed, and nobody is woken
+    write_size_bytes = 0
+    fired_count = 0  # changes that triggers were told of
+    _depth = 0  # savepoints that are open inside the committer's
     is_tracked: ClassVar[bool] = False  # mutations run one after another: what one depends on, nobody else changes
 
     def __init__(
@@ -64,20 +69,17 @@ class WriteTransaction(ReadTransaction):
         limits: Limits,
         ticks: TickSource,
         clock: Clock,
+        kept: Kept | None = None,
     ) -> None:
-        super().__init__(writer, catalog, limits)
+        super().__init__(writer, catalog, limits, kept)
         self._writer = writer
         self._ticks, self._clock = ticks, clock
         self.tick = ticks.next_tick()  # of `ctx.now`
         self._writes: list[Write] = []  # in order; what is undone is taken off again
-        self.has_hidden_writes = False  # to tables that no query can depend on: to be committed, and nobody is woken
-        self.write_count = self.write_size_bytes = 0
-        self.fired_count = 0  # changes that triggers were told of
-        self._depth = 0  # savepoints that are open inside the committer's
 
     def impose(self, limits: Limits, check_deadline: Callable[[], None]) -> None:
-        super().impose(limits, check_deadline)
-        self.write_count = self.write_size_bytes = 0
+        self._limits, self.check_deadline = limits, check_deadline
+        self.read_count = self.read_size_bytes = self.write_count = self.write_size_bytes = 0
 
     def insert(self, document: Table) -> str:
         """Store a new document and give its id; whatever id and creation time it carries are replaced."""
@@ -92,16 +94,21 @@ class WriteTransaction(ReadTransaction):
         if table.deleted_field is not None:
             rules.check_deletion_stays(table, "insert", None, new)
         table.check(new)
-        row = self._encode(codec, new)
+        stored = self._encode(codec, new)
         rules.check_parents(self, table, None, new)
         with self._as_one(table):
-            codec.insert(self._writer, row)
-            self._changed(codec, "insert", None, new)
+            codec.insert(self._writer, stored.row)
+            self._changed(codec, "insert", None, new, stored)
         return document_id
 
     def patch(self, document_id: str, changes: dict[str, Any], *, with_deleted: bool = False) -> None:
         """Change some fields of a document that is there."""
-        codec, old = self._existing(document_id, "patch", with_deleted=with_deleted)
+        codec = self.catalog.of_id(document_id)
+        old = self.existing(codec, document_id, "patch", with_deleted=with_deleted)
+        self.write_over(codec, "patch", old, self.changed(codec, old, changes))
+
+    def changed(self, codec: RowCodec[Any], old: Table, changes: dict[str, Any]) -> Table:
+        """The document with other values in some fields, which are the table's; not written yet."""
         fields = codec.table.fields_by_name
         for name in changes:
             if name not in fields:
@@ -112,27 +119,31 @@ class WriteTransaction(ReadTransaction):
                     field=name,
                     value=changes[name],
                 )
-        self.write_over(codec, "patch", old, msgspec.structs.replace(old, **changes))
+        return msgspec.structs.replace(old, **changes)
 
     def replace(self, document_id: str, document: Table, *, with_deleted: bool = False) -> None:
         """Put another document in the place of one that is there; id and creation time stay."""
-        codec, old = self._existing(document_id, "replace", with_deleted=with_deleted)
+        codec = self.catalog.of_id(document_id)
+        old = self.existing(codec, document_id, "replace", with_deleted=with_deleted)
         self.write_over(codec, "replace", old, codec.table.with_id(document, old.id, old.creation_time))
 
     def delete(self, document_id: str) -> None:
         """Remove a document that is there; where deleted documents stay, mark it."""
-        codec, old = self._existing(document_id, "delete", with_deleted=False)
+        codec = self.catalog.of_id(document_id)
+        old = self.existing(codec, document_id, "delete", with_deleted=False)
         self._delete(codec, old, is_for_good=False)
 
     def purge(self, document_id: str) -> None:
         """Remove a document, deleted or not, for good from a table where deleted ones stay."""
-        codec, old = self._existing(document_id, "purge", with_deleted=True)
+        codec = self.catalog.of_id(document_id)
+        old = self.existing(codec, document_id, "purge", with_deleted=True)
         _check_keeps_deleted(codec.table, "purge", "delete removes it for good")
         self._delete(codec, old, is_for_good=True)
 
     def restore(self, document_id: str) -> None:
         """Bring a deleted document back; nothing happens if it is not deleted."""
-        codec, deleted = self._existing(document_id, "restore", with_deleted=True)
+        codec = self.catalog.of_id(document_id)
+        deleted = self.existing(codec, document_id, "restore", with_deleted=True)
         table = codec.table
         _check_keeps_deleted(table, "restore", "what was deleted is gone")
         if not table.is_deleted(deleted):
@@ -141,11 +152,11 @@ class WriteTransaction(ReadTransaction):
         if table.updated_field is not None:
             changes[table.updated_field] = self.now
         new = msgspec.structs.replace(deleted, **changes)
-        row = self._encode(codec, new)
+        stored = self._encode(codec, new)
         rules.check_parents(self, table, None, new)
         with self._as_one(table):
-            codec.update(self._writer, row, codec.encode(deleted))
-            self._changed(codec, "insert", deleted, new)
+            codec.update(self._writer, stored.row, codec.encode(deleted))
+            self._changed(codec, "insert", deleted, new, stored)
 
     def _delete(self, codec: RowCodec[Any], old: Table, *, is_for_good: bool) -> None:
         if codec.table.child_keys:
@@ -155,13 +166,24 @@ class WriteTransaction(ReadTransaction):
             with self._as_one(codec.table):
                 self.delete_alone(codec, old, is_for_good=is_for_good)
 
-    def _changed(self, codec: RowCodec[Any], operation: rules.Operation, old: Table | None, new: Table | None) -> None:
-        """A document was written, by whomever: all that follows from it begins here."""
+    def _changed(
+        self,
+        codec: RowCodec[Any],
+        operation: rules.Operation,
+        old: Table | None,
+        new: Table | None,
+        stored: Stored | None,
+    ) -> None:
+        """A document was written, by whomever: all that follows from it begins here. `stored` is what `new` became."""
         table, document = codec.table, new if new is not None else old
         assert document is not None
+        if not table.is_hidden:
+            self._writes.append(Write(table, document.id, old, new, stored))  # first: what is listed can be undone
+            if self._kept is not None:
+                self._kept.wrote(table.name, document.id, old, new, stored)
         is_followed = table.name in self.catalog.followed
         if is_followed:
-            totals.update(self._writer, table, old, new)  # first: what follows may write again
+            totals.update(self._writer, table, old, new)  # before what may write again
             for index in table.search_indexes_by_name.values():
                 search_indexes.update(self._writer, table, index, old, new)
             if new is None and (follow := self.catalog.on_delete.get(table.document_type)) is not None:
@@ -169,7 +191,6 @@ class WriteTransaction(ReadTransaction):
         if table.is_hidden:
             self.has_hidden_writes = True
             return
-        self._writes.append(Write(table, document.id, old, new))
         if not is_followed or table.name not in self.catalog.triggered:
             return
         change = rules.change_of(table, operation, old, new)
@@ -204,11 +225,12 @@ class WriteTransaction(ReadTransaction):
         if is_for_good or deleted_field is None:
             self._spend_write(0)
             codec.delete(self._writer, old.id)
-            self._changed(codec, "delete", old, None)
+            self._changed(codec, "delete", old, None, None)
         else:
             new = msgspec.structs.replace(old, **{deleted_field: self.now})
-            codec.update(self._writer, self._encode(codec, new), codec.encode(old))
-            self._changed(codec, "delete", old, new)
+            stored = self._encode(codec, new)
+            codec.update(self._writer, stored.row, codec.encode(old))
+            self._changed(codec, "delete", old, new, stored)
 
     @property
     def write_room(self) -> int:
@@ -253,12 +275,22 @@ class WriteTransaction(ReadTransaction):
 
         When storage has undone everything, there is nothing left to.
         """
-        del self._writes[savepoint.write_count :]
+        self._forget(savepoint.write_count)
         self.has_hidden_writes = savepoint.has_hidden_writes
         if self._writer.in_transaction:
             self._writer.rollback_to(savepoint.depth)
             self._writer.release(savepoint.depth)
         self._depth = savepoint.depth - 1
+
+    def undone(self) -> None:
+        """All that was written is undone: the committer has rolled it back."""
+        self._forget(0)
+
+    def _forget(self, write_count: int) -> None:
+        """Only so many writes count from now on."""
+        if self._kept is not None:  # first: whoever is stopped in here begins again
+            self._kept.forget(self._writes[write_count:])
+        del self._writes[write_count:]
 
     @contextmanager
     def nested(self) -> Iterator[None]:
@@ -275,12 +307,12 @@ class WriteTransaction(ReadTransaction):
         """Around one write of the table (invariant 2); costs nothing where it sets off nothing."""
         return self.nested() if table.name in self.catalog.followed else _ALONE
 
-    def _existing(self, document_id: str, operation: str, *, with_deleted: bool) -> tuple[RowCodec[Any], Table]:
-        codec = self.catalog.of_id(document_id)
+    def existing(self, codec: RowCodec[Any], document_id: str, operation: str, *, with_deleted: bool) -> Table:
+        """A document that is to be written over. Raises DocumentNotFound."""
         old = self._read(codec, document_id, with_deleted=with_deleted)
         if old is None:
             raise DocumentNotFound(codec.table.name, document_id, operation)
-        return codec, old
+        return old
 
     def write_over(self, codec: RowCodec[Any], operation: rules.Operation, old: Table, new: Table) -> None:
         """Put `new` in the place of `old`, if it differs."""
@@ -289,20 +321,20 @@ class WriteTransaction(ReadTransaction):
             new = rules.check_deletion_stays(table, operation, old, new)
         if table.updated_field is not None:
             new = msgspec.structs.replace(new, **{table.updated_field: getattr(old, table.updated_field)})
-        table.check(new)
-        row, old_row = self._encode(codec, new), codec.encode(old)
-        if row == old_row:
+        table.check_over(new, old)
+        stored, old_row = self._encode(codec, new), codec.encode(old)
+        if stored.row == old_row:
             return  # invariant 2 of write_set: nothing changed, so nobody is woken
         if table.updated_field is not None:
             new = msgspec.structs.replace(new, **{table.updated_field: self.now})
-            row = codec.encode(new)
+            stored = Stored(codec.encode(new), stored.size_bytes)
         if table.foreign_keys and not table.is_deleted(new):  # a deleted one is looked at when it is restored
             rules.check_parents(self, table, old, new)
         with self._as_one(table):
-            codec.update(self._writer, row, old_row)
-            self._changed(codec, operation, old, new)
+            codec.update(self._writer, stored.row, old_row)
+            self._changed(codec, operation, old, new, stored)
 
-    def _encode(self, codec: RowCodec[Any], document: Table) -> tuple[Any, ...]:
+    def _encode(self, codec: RowCodec[Any], document: Table) -> Stored:
         row = codec.encode(document)
         size = codec.size_of_row(row)
         if size > self._limits.document_size_bytes_max:
@@ -313,13 +345,16 @@ class WriteTransaction(ReadTransaction):
                 remedy="Split it into several documents, or raise limits.document_size_bytes_max.",
             )
         self._spend_write(size)
-        return row
+        return Stored(row, size)
 
     def _spend_write(self, size_bytes: int) -> None:
-        self._check_open()
+        if not self._writer.in_transaction:
+            self._check_open()
         self.write_count += 1
         self.write_size_bytes += size_bytes
-        self.expect_writes(0)
+        limits = self._limits
+        if self.write_count > limits.write_document_count_max or self.write_size_bytes > limits.write_size_bytes_max:
+            self.expect_writes(0)
 
     def expect_writes(self, count: int) -> None:
         """LimitExceeded when this many more documents would be too many."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import msgspec
 
 from engine.schema import Table, TableSchema
+from engine.storage.rows import Stored
 
 
 class Write(msgspec.Struct, frozen=True):
@@ -19,6 +20,7 @@ class Write(msgspec.Struct, frozen=True):
     document_id: str
     old: Table | None
     new: Table | None
+    stored: Stored | None = None  # the row of `new`, where it is known
 
 
 class WriteSet:
@@ -33,14 +35,17 @@ class WriteSet:
         place = (write.table.name, write.document_id)
         earlier = self._by_document.pop(place, None)
         if earlier is not None:
-            write = Write(write.table, write.document_id, earlier.old, write.new)
+            write = Write(write.table, write.document_id, earlier.old, write.new, write.stored)
         if write.old is not None or write.new is not None:
             self._by_document[place] = write
 
     def merge(self, other: "WriteSet") -> None:
         """Add all that a later mutation wrote."""
-        for write in other:
-            self.add(write)
+        for place, write in other._by_document.items():
+            if place in self._by_document:
+                self.add(write)
+            else:
+                self._by_document[place] = write
 
     def __iter__(self) -> Iterator[Write]:
         return iter(self._by_document.values())

@@ -45,6 +45,16 @@ def test_a_key_has_256_bits_and_a_prefix_that_scanners_know() -> None:
     assert KEY != OTHER
 
 
+async def test_only_a_token_that_was_checked_before_is_known() -> None:
+    checks, good = authenticator(), token()
+    header = f"Bearer {good}"
+    assert checks.known(header) is None
+    verified = await checks.authenticate(parse_authorization(header))
+    assert checks.known(header) is verified
+    others = [f"Bearer {good}x", f"Bearer {good[:-1]}", f"bearer {good}", good, f"Convex {KEY}", "", "Bearer \udc80"]
+    assert [checks.known(other) for other in others] == [None] * len(others)
+
+
 async def test_while_keys_rotate_both_are_accepted() -> None:
     for key in (KEY, OTHER):
         verified = await verified_header(f"Convex {key}", KEY, OTHER)

@@ -189,7 +189,7 @@ ENDLESS = {
 async def test_a_function_that_does_not_end_is_stopped(tmp_path: Path, kind: FunctionKind, name: str) -> None:
     fault = Fault(ENDLESS[name], LimitExceeded, "")
     spin = "\n@query\nasync def spin(ctx) -> None:\n    while True: pass\n"
-    limits = Limits(run_ms_max=200, run_slow_ms=100, read_range_count_max=1 << 40)
+    limits = Limits(run_ms_max=200, run_slow_ms=100, read_range_count_max=1 << 40, read_document_count_max=1 << 40)
     async with open_app(tmp_path, faulty(fault, kind) + spin, limits=limits) as app:
         failure = await app.failure("m:fault")
         assert type(failure.error) is LimitExceeded
@@ -634,7 +634,8 @@ TESTED_ELSEWHERE = {
 }
 _NOT_OF_A_RUN = re.compile(
     "query_count|mutation_|action_concurrent|message_|send_|transition_|ping_|heartbeat_|connect|unconnected|"
-    "authentication_|group_|result_cache|wal_|ledger_|snapshot_|scheduler_batch|moment_|disconnect_|http_|route_|webhook_|file_"
+    "authentication_|group_|result_cache|kept_|wal_|ledger_|snapshot_|profile_|scheduler_batch|moment_|rerun_|disconnect_|"
+    "http_|route_|webhook_|file_|deflated_"
 )
 FREE_SCHEMA = """
 from typing import Any

@@ -19,7 +19,7 @@ class Watcher(View):
 def live_query(*, is_watched: bool = False) -> LiveQuery:
     made = LiveQuery(Ask("m:q", b"{}", None), None, None, is_restricted=True)
     if is_watched:
-        made.watchers[Watcher()] = {0}
+        made.watchers[Watcher()] = (0,)
     return made
 
 
@@ -48,6 +48,16 @@ async def test_what_is_not_true_any_more_is_not_kept_until_its_time() -> None:
     waiting.clock.advance(days=1, seconds=1)
     assert waiting.moments.due() == {kept}
     assert len(waiting.moments) == 0
+
+
+async def test_a_timer_is_due_exactly_when_its_moment_comes() -> None:
+    waiting = Waiting()
+    moment = waiting.moments.now_ms() + 1_000
+    waiting.clock.advance(0.000_002_442)  # to a time that no float of ms says exactly
+    waiting.moments.put(live_query(is_watched=True), moment)
+    waiting.clock.advance(1 - 0.000_002_442)
+    assert waiting.clock.wall_ns() == moment * 1_000_000
+    assert waiting.asked_at == [1]
 
 
 async def test_a_commit_that_was_asked_for_and_did_not_come_is_asked_for_again() -> None:

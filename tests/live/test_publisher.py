@@ -1,5 +1,6 @@
 """Runs and who shares them: once a commit, split and joined by what is read of the identity, rounds, cache, reload."""
 
+import asyncio
 import sys
 from pathlib import Path
 from shutil import copytree
@@ -328,6 +329,96 @@ async def test_results_are_bounded_in_size_and_a_watched_one_is_told_apart_witho
         late.ask(0, "notes:texts", room="a")
         await late.catch_up()
         assert late.value() == ["x" * 100]
+
+
+# -- asked once
+
+
+async def test_who_asks_once_shares_what_is_there_and_needs_no_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with small_engine() as app:
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:count", room="a")
+        await subscriber.catch_up()
+        monkeypatch.setattr("engine.live.publisher.View", None)
+        ask_once = app.engine._publisher.ask_once
+        assert await ask_once("notes:count", b'{"room":"a"}', None) is subscriber.results[0]
+        other = await ask_once("notes:count", b'{"room":"b"}', None)
+        assert await ask_once("notes:count", b'{ "room": "b" }', ALICE) is other
+        assert app.run_count() == 2
+        assert (await ask_once("notes:no_such", b"{}", None)).failure is not None
+
+
+async def test_who_asks_once_gets_what_is_right_for_them() -> None:
+    async with small_engine() as app:
+        await app.mutate("notes:open_room", name="a", is_private=True)
+        for _ in range(2):
+            for name in ("alice", "bob"):
+                assert await app.engine.query("notes:greeting", room="a", identity=person(name)) == f"hello {name}"
+        assert app.run_count() == 2
+        await app.mutate("notes:open_room", name="b", is_private=False)
+        assert {await app.engine.query("notes:greeting", room="b", identity=each) for each in (ALICE, BOB)} == {"hello"}
+
+
+async def test_who_asks_once_while_a_commit_is_published_is_told_when_that_is_over() -> None:
+    async with small_engine() as app:
+        await app.engine.query("notes:count", room="a")
+        publisher = app.engine._publisher
+        publisher.is_passing = True
+        publisher.deliveries.hold()
+        asking = asyncio.create_task(app.engine.query("notes:count", room="a"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not asking.done()
+        publisher.is_passing = False
+        publisher.deliveries.release()
+        assert await asking == 0
+
+
+async def test_who_asks_once_waits_when_others_had_the_time_of_this_turn() -> None:
+    async with small_engine() as app:
+        publisher = app.engine._publisher
+        assert publisher.has_time
+        publisher._turn_end = 0.0
+        assert publisher._result_now("notes:count", b'{"room":"a"}', None) is None
+        assert not publisher._sharing._new, "nothing is left behind"
+        assert await app.engine.query("notes:count", room="a") == 0
+        assert app.run_count() == 1
+
+
+async def test_who_asks_once_gets_no_run_that_turns_out_to_be_somebody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with small_engine() as app:
+        await app.mutate("notes:open_room", name="a", is_private=False)
+        alice = app.subscriber(ALICE)
+        alice.ask(0, "notes:greeting", room="a")
+        await alice.catch_up()
+        with monkeypatch.context() as patch:
+            patch.setattr(app.engine._publisher.deliveries, "try_to_put_off", lambda *_: True)
+            await app.engine.mutation("notes:open_room", name="a", is_private=True)
+        assert await app.engine.query("notes:greeting", room="a", identity=BOB) == "hello bob"
+        await alice.catch_up()
+        assert alice.value() == "hello alice"
+
+
+async def test_all_who_ask_a_long_query_once_share_its_run() -> None:
+    async with small_engine(run_slow_ms=1) as app:
+        asking = [app.engine.query("notes:slow_count", room="a", identity=person(f"{number}")) for number in range(10)]
+        assert await asyncio.gather(*asking) == [0] * 10
+        assert app.run_count("notes:slow_count") == 1
+        assert not app.engine._publisher.views
+
+
+async def test_what_is_made_of_a_result_counts_from_its_next_use() -> None:
+    async with small_engine(result_cache_size_bytes=100) as app:
+        result = await app.engine.backend.http_query("notes:count", b'{"room":"a"}', None)
+        result.http_plain = bytes(100)
+        assert await app.engine.query("notes:count", room="b") == 0
+        assert await app.engine.query("notes:count", room="b") == 0
+        assert app.run_count() == 2
+        assert await app.engine.query("notes:count", room="a") == 0  # now it has no room for both
+        assert await app.engine.query("notes:count", room="a") == 0
+        assert app.run_count() == 2
+        assert await app.engine.query("notes:count", room="b") == 0
+        assert app.run_count() == 3
 
 
 # -- reload

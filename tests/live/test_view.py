@@ -1,5 +1,7 @@
 """What one subscriber sees: one timestamp, each result once, and to be told when there is more."""
 
+import asyncio
+import sys
 from typing import Any
 
 from engine.events import QueryRan
@@ -181,6 +183,26 @@ async def test_what_is_committed_while_a_long_query_runs_is_seen_by_none_of_the_
             await app.idle()
             take()
         assert all(state[0] == state[1] for state in states)
+
+
+async def test_news_that_come_while_a_long_query_finds_no_change_are_not_lost() -> None:
+    async with small_engine(run_slow_ms=1) as app:
+        gate = sys.modules["functions.notes"].gate
+        gate["is_open"] = True
+        note = await app.mutate("notes:add", room="a", text="x", rank=1)
+        subscriber = app.subscriber()
+        subscriber.ask(0, "notes:held_count", room="a")
+        subscriber.ask(1, "notes:count", room="b")
+        await subscriber.catch_up()
+        gate["is_open"] = False
+        await asyncio.gather(  # one commit: one comes for one that goes
+            app.engine.mutation("notes:move", id=note, room="c"), app.engine.mutation("notes:add", room="a", text="y")
+        )
+        await app.engine.mutation("notes:add", room="b", text="while that runs")
+        assert not app.engine._publisher.is_idle
+        gate["is_open"] = True
+        await subscriber.catch_up()
+        assert (subscriber.value(0), subscriber.value(1)) == (1, 1)
 
 
 async def test_a_query_added_while_a_long_one_runs_is_in_the_next_change() -> None:

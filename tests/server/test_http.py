@@ -137,6 +137,34 @@ async def test_failures_of_the_engine_are_no_function_failures(
     assert (await server.post("/api/mutation", {"path": "chat:send"}))[0] == status
 
 
+@pytest.mark.parametrize(("format_", "is_plain"), [("json", True), (ENCODED, False)])
+@pytest.mark.parametrize("failure", [None, FakeFailure("no", data=b'{"code":1}')])
+async def test_the_body_of_a_shared_result_is_made_once(
+    engine: FakeEngine, server: Served, format_: str, is_plain: bool, failure: FakeFailure | None
+) -> None:
+    result = engine.backend.outcomes["chat:list"] = FakeResult(b"[1]" if failure is None else None, failure)
+    asked = {"path": "chat:list", "format": format_}
+    _, answer = await server.post("/api/query", asked)
+    made, other = (result.http_plain, result.http_encoded)[:: 1 if is_plain else -1]
+    assert made is not None
+    assert (json.loads(made), other) == (answer, None)
+    kept = b'{"was":"kept"}'
+    result.http_plain, result.http_encoded = (kept, None) if is_plain else (None, kept)
+    assert (await server.post("/api/query", asked))[1] == {"was": "kept"}
+
+
+@pytest.mark.parametrize("path", ["/api/query", "//api/query"])
+async def test_addresses_that_are_looked_up_answer_like_those_of_the_router(server: Served, path: str) -> None:
+    wrong = await server.post(path, b"{")
+    assert (wrong[0], wrong[1]["code"]) == (400, "InvalidArgument")
+    async with server.session.put(server.url(path)) as response:
+        assert (response.status, response.headers["Allow"]) == (405, "GET,HEAD,POST")
+    async with server.session.head(server.url(f"{path}?path=chat:list")) as response:
+        assert (response.status, await response.read()) == (200, b"")
+    status, answer = await server.post(path, {"path": "chat:list"}, expect100=True)
+    assert (status, answer["status"]) == (200, "success")
+
+
 async def test_a_body_past_the_bound_is_refused() -> None:
     engine = FakeEngine(Config(limits=Limits(http_body_size_bytes_max=1_000)))
     async with served(engine) as server:

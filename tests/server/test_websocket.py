@@ -47,9 +47,24 @@ async def test_clients_connect_at_every_address_they_use(server: Served, path: s
         assert (await subscribe(sync))["modifications"][0]["value"] == ["hi"]
 
 
-async def test_neither_a_subprotocol_nor_compression_is_negotiated(server: Served) -> None:
-    async with server.connected(protocols=("graphql",), compress=15) as sync:
+async def test_no_subprotocol_is_negotiated(server: Served) -> None:
+    async with server.connected(protocols=("graphql",)) as sync:
         assert (sync.socket.protocol, sync.socket.compress) == (None, 0)
+
+
+@pytest.mark.parametrize("length", [1, 1_000, 100_000])
+async def test_who_offers_compression_gets_and_sends_compressed_messages(
+    engine: FakeEngine, server: Served, length: int
+) -> None:
+    async with server.connected(compress=15) as sync:
+        assert sync.socket.compress == 15
+        await subscribe(sync)
+        for number in range(3):
+            engine.backend.commit(**{"chat:list": str(number) + "é" * length})
+            assert (await sync.hear())["modifications"][0]["value"] == str(number) + "é" * length
+        await sync.say(mutation(0, "chat:send", {"body": "é" * length}))
+        await until(lambda: engine.backend.mutations)
+        assert json.loads(engine.backend.mutations[0].arguments) == {"body": "é" * length}
 
 
 @pytest.mark.parametrize("length", [1, 1_000, 100_000])
@@ -168,20 +183,19 @@ class RawClient:
         raw.setblocking(False)
         self.raw, self.host = raw, host
 
-    async def open(self) -> None:
+    async def open(self, *, and_send: bytes = b"") -> bytes:
+        """The answer, and what came behind it."""
         handshake = (
             f"GET /api/sync HTTP/1.1\r\nHost: {self.host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
         )
-        await asyncio.get_running_loop().sock_sendall(self.raw, handshake.encode())
-        assert b"101" in await self.receive()
+        await asyncio.get_running_loop().sock_sendall(self.raw, handshake.encode() + and_send)
+        received = await self.receive()
+        assert b"101" in received
+        return received
 
     async def send(self, first_byte: int, payload: bytes) -> None:
-        """One frame, masked with zeros."""
-        size = len(payload)
-        length = bytes((0x80 | size,)) if size < 126 else bytes((0x80 | 126,)) + size.to_bytes(2)
-        frame = bytes((first_byte,)) + length + bytes(4) + payload
-        await asyncio.get_running_loop().sock_sendall(self.raw, frame)
+        await asyncio.get_running_loop().sock_sendall(self.raw, masked(first_byte, payload))
 
     async def say(self, message: dict[str, Any]) -> None:
         await self.send(0x81, json.dumps(message).encode())
@@ -192,6 +206,16 @@ class RawClient:
 
     def close(self) -> None:
         self.raw.close()
+
+
+def masked(first_byte: int, payload: bytes) -> bytes:
+    """One frame, masked with zeros."""
+    size = len(payload)
+    if size < 126:
+        length = bytes((0x80 | size,))
+    else:
+        length = bytes((0x80 | 126,)) + size.to_bytes(2) if size < 1 << 16 else bytes((0x80 | 127,)) + size.to_bytes(8)
+    return bytes((first_byte,)) + length + bytes(4) + payload
 
 
 async def stuck_subscriber(engine: FakeEngine, server: Served) -> RawClient:
@@ -306,6 +330,29 @@ async def test_a_message_may_come_in_pieces_with_pings_between(server: Served) -
     raw.close()
 
 
+@pytest.mark.parametrize("size", [1, 200_000])
+async def test_what_is_sent_right_behind_the_handshake_is_read(server: Served, size: int) -> None:
+    raw = RawClient(server.address)
+    texts = [json.dumps(message).encode() for message in (connect(), query_set(0), {"type": "Event", "x": "x" * size})]
+    frames = b"".join(masked(FINAL | TEXT, text) for text in texts) + masked(FINAL | PING, b"done")
+    received = await raw.open(and_send=frames)
+    while b"done" not in received:
+        received += await raw.receive()
+    assert b'"Transition"' in received
+    raw.close()
+
+
+async def test_an_open_connection_holds_no_task(engine: FakeEngine, server: Served) -> None:
+    task_count = len(asyncio.all_tasks())
+    raw = RawClient(server.address)
+    await raw.open()
+    await raw.say(connect())
+    await raw.say(query_set(0, add(0, "chat:list")))
+    assert b'"Transition"' in await raw.receive()
+    await until(lambda: len(asyncio.all_tasks()) == task_count)
+    raw.close()
+
+
 async def test_nothing_is_left_behind_by_clients_that_vanish(engine: FakeEngine, server: Served) -> None:
     task_count = len(asyncio.all_tasks())
     clients = [RawClient(server.address) for _ in range(30)]
@@ -318,7 +365,7 @@ async def test_nothing_is_left_behind_by_clients_that_vanish(engine: FakeEngine,
         raw.close()
     await until(lambda: len(engine.backend.views) == 30 and all(view.is_closed for view in engine.backend.views))
     await until(lambda: len(asyncio.all_tasks()) == task_count)
-    assert engine.clock.seconds_to_next_timer is None
+    await until(lambda: engine.clock.seconds_to_next_timer is None)
 
 
 @pytest.mark.parametrize(("code", "told"), [(1000, 1000), (1001, 1001), (4_000, 4_000)])
@@ -364,8 +411,14 @@ async def test_sockets_that_say_nothing_make_room_for_new_ones() -> None:
     engine = FakeEngine(Config(limits=Limits(unconnected_count_max=2)))
     async with served(engine) as server, server.connected() as talking:
         await subscribe_nothing(talking)
-        async with server.connected() as oldest, server.connected(), server.connected() as newest:
-            assert await oldest.closed() == (1013, "TooManyConcurrentRequests")
+        async with (
+            server.connected() as oldest,
+            server.connected() as second,
+            server.connected(),
+            server.connected() as newest,
+        ):
+            for silent in (second, oldest):
+                assert await silent.closed() == (1013, "TooManyConcurrentRequests")
             assert (await subscribe_nothing(newest))["type"] == "Transition"
 
 
@@ -444,9 +497,37 @@ async def test_an_admin_key_is_taken_from_listed_pages_only(origin: str | None, 
         assert (await sync.hear())["type"] == answer
 
 
-async def test_a_request_that_is_no_handshake_is_an_error_in_json(server: Served) -> None:
-    status, body = await server.get("/api/sync")
+HANDSHAKE = {
+    "Upgrade": "WebSocket",
+    "Connection": "keep-alive, Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        *[{name: value for name, value in HANDSHAKE.items() if name != left_out} for left_out in HANDSHAKE],
+        HANDSHAKE | {"Upgrade": "h2c"},
+        HANDSHAKE | {"Connection": "close"},
+        HANDSHAKE | {"Sec-WebSocket-Version": "12"},
+        HANDSHAKE | {"Sec-WebSocket-Key": "c2hvcnQ="},
+        HANDSHAKE | {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ"},
+        HANDSHAKE | {"Sec-WebSocket-Key": "é" * 24},
+    ],
+)
+async def test_a_request_that_is_no_handshake_is_an_error_in_json(server: Served, headers: dict[str, str]) -> None:
+    status, body = await server.get("/api/sync", headers=headers)
     assert (status, json.loads(body)["code"]) == (400, "BadRequest")
+    assert (await server.get("/version"))[0] == 200
+
+
+async def test_a_handshake_is_answered_as_the_standard_says(server: Served) -> None:
+    async with server.session.get(server.url("/api/sync"), headers=HANDSHAKE) as answer:
+        assert answer.status == 101
+        assert answer.headers["Sec-WebSocket-Accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
 
 async def test_a_socket_without_a_whole_header_is_closed_in_time(engine: FakeEngine, server: Served) -> None:

@@ -58,7 +58,7 @@ def wal_file_size_bytes(database: Database) -> int:
 def commit(writer: WriterConnection, name: str, ts: int) -> None:
     writer.begin()
     insert(writer, name)
-    writer.write_meta(ts, ts * 10)
+    writer.write_meta(ts, ts * 10, 0)
     writer.commit()
 
 
@@ -181,6 +181,28 @@ def test_what_was_committed_is_there_after_reopening(path: Path) -> None:
         assert names(database.writer) == ["a"]
 
 
+def test_a_file_of_an_older_engine_gets_what_it_lacks(path: Path) -> None:
+    with closing(Database.open(path, Limits())) as database:
+        database.writer.execute("CREATE TABLE things (name TEXT PRIMARY KEY) STRICT")
+        commit(database.writer, "a", ts=7)
+        assert database.writer.read_ledger_row_count() == 0
+        database.writer.execute("ALTER TABLE _engine_meta DROP COLUMN ledger_row_count")
+    with closing(Database.open(path, Limits())) as database:
+        assert database.writer.read_ledger_row_count() is None
+        commit(database.writer, "b", ts=8)
+        assert database.writer.read_meta() == (8, 80)
+        assert database.writer.read_ledger_row_count() == 0
+
+
+def test_rows_that_nobody_fetched_hold_no_snapshot(database: Database) -> None:
+    reader = database.open_reader()
+    reader.pin()
+    reader.execute("SELECT 1 FROM sqlite_master UNION ALL SELECT 2")  # as a watchdog may cut off a read
+    commit(database.writer, "a", ts=7)
+    reader.unpin()
+    assert reader.pin() == 7
+
+
 def test_every_commit_is_synced_to_the_disk(database: Database) -> None:
     assert database.writer.fetch_all("PRAGMA synchronous") == [(2,)]  # FULL
     assert database.writer.fetch_all("PRAGMA journal_mode") == [("wal",)]
@@ -222,17 +244,23 @@ def test_a_full_disk_during_a_write_is_a_retryable_error_and_the_writer_recovers
     assert names(writer) == ["y"]
 
 
+class _FailingCursor(sqlite3.Cursor):
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        assert isinstance(self.connection, _FailingConnection)
+        if sql == "COMMIT" and self.connection.commit_code is not None:
+            error = sqlite3.OperationalError("injected")
+            error.sqlite_errorcode = self.connection.commit_code
+            raise error
+        return super().execute(sql, parameters)
+
+
 class _FailingConnection(sqlite3.Connection):
     """COMMIT fails with the given code; everything else is SQLite."""
 
     commit_code: int | None = None
 
-    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        if sql == "COMMIT" and self.commit_code is not None:
-            error = sqlite3.OperationalError("injected")
-            error.sqlite_errorcode = self.commit_code
-            raise error
-        return super().execute(sql, parameters)
+    def cursor(self, *_: Any) -> _FailingCursor:  # type: ignore[override]
+        return super().cursor(_FailingCursor)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from engine.limits import Limits
 from engine.sync.backend import ActionOutcome, MutationOutcome
 from engine.sync.protocol import decode_timestamp
 from engine.sync.session import Session
+from engine.sync.shared_frames import SharedFrames
 from engine.testing import ManualClock
 
 SESSION_ID = "3f0e8f6c-0c51-4c0a-9b6a-5b8f0c4c2d10"
@@ -32,6 +33,9 @@ class FakeResult(msgspec.Struct):
     log_lines: tuple[str, ...] = ()
     journal: str | None = None
     encoded: bytes | None = None
+    ts: int = 0
+    http_plain: bytes | None = None
+    http_encoded: bytes | None = None
 
 
 class FakeChange(msgspec.Struct, frozen=True):
@@ -76,6 +80,18 @@ class FakeView:
         self.taken_count += 1
         return FakeChange(self.backend.view_ts or self.backend.ts, news)
 
+    def take_only(self, since_ts: int) -> tuple[int, FakeResult] | None:
+        results = {query_id: self.backend.results[path] for query_id, path in self.paths.items()}
+        news = {query_id: result for query_id, result in results.items() if self._taken.get(query_id) is not result}
+        if len(news) != 1 or self.backend.slow_paths:
+            return None
+        ((query_id, result),) = news.items()
+        if result.value is None or result.ts < since_ts:
+            return None
+        self._taken[query_id] = result
+        self.taken_count += 1
+        return query_id, result
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -111,10 +127,10 @@ class FakeBackend:
         self.connections: list[tuple[str, int | str | None]] = []  # "connected", or the code that a client went with
 
     def show(self, path: str, value: Any, **more: Any) -> None:
-        self.results[path] = FakeResult(json.dumps(value).encode(), **more)
+        self.results[path] = FakeResult(json.dumps(value).encode(), ts=self.ts, **more)
 
     def fail(self, path: str, failure: FakeFailure, **more: Any) -> None:
-        self.results[path] = FakeResult(None, failure, **more)
+        self.results[path] = FakeResult(None, failure, ts=self.ts, **more)
 
     def commit(self, *mutations: FakeRequest, value: Any = None, **shown: Any) -> int:
         """One commit of these mutations, after which queries return what is `shown`."""
@@ -203,13 +219,23 @@ class FakeClient:
         clock: ManualClock | None = None,
         limits: Limits | None = None,
         accepts_chunks: bool = False,
+        shared: SharedFrames | None = None,
     ) -> None:
         self.backend = backend
+        self.written: list[bytes] = []  # past the outbox, as sessions in step do; only with `shared`
         self.clock = clock or ManualClock()
         self.wake_count = 0
         self.version: dict[str, Any] = {"querySet": 0, "identity": 0, "ts": "AAAAAAAAAAA="}
         self.state: dict[int, Any] = {}  # query id → value, or the text of its error
-        self.session = Session(backend, limits or Limits(), self.clock, wake=self._woken, accepts_chunks=accepts_chunks)
+        self.session = Session(
+            backend,
+            limits or Limits(),
+            self.clock,
+            wake=self._woken,
+            accepts_chunks=accepts_chunks,
+            write=None if shared is None else self._write,
+            shared=shared,
+        )
 
     @property
     def view(self) -> FakeView:
@@ -217,6 +243,10 @@ class FakeClient:
 
     def _woken(self) -> None:
         self.wake_count += 1
+
+    def _write(self, frame: bytes) -> None:
+        assert not self.session.outbox, "frames stay in order"
+        self.written.append(frame)
 
     def say(self, *messages: dict[str, Any]) -> list[dict[str, Any]]:
         """Send messages in one burst; gives what the session answers."""
@@ -231,10 +261,11 @@ class FakeClient:
             self.wake_count = 0
             self.session.flush()
             frames, self.session.outbox = self.session.outbox, []
-            for frame in frames:
-                heard.append(json.loads(b"".join(frame)))
+            texts, self.written = [*self.written, *map(b"".join, frames)], []
+            for text in texts:
+                heard.append(json.loads(text))
                 self._check(heard[-1])
-            if not frames and not self.wake_count:
+            if not texts and not self.wake_count:
                 return heard
 
     def _check(self, message: dict[str, Any]) -> None:

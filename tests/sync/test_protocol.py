@@ -72,9 +72,10 @@ def test_a_transition_is_printed_to_the_letter() -> None:
     )
     assert b"".join(frame).decode() == (
         '{"type":"Transition","startVersion":{"querySet":0,"identity":0,"ts":"AAAAAAAAAAA="},'
-        '"endVersion":{"querySet":1,"identity":2,"ts":"6AMAAAAAAAA="},"modifications":['
+        '"endVersion":{"querySet":1,"identity":2,"ts":"6AMAAAAAAAA="},'
+        '"clientClockSkew":-5,"serverTs":7,"modifications":['
         '{"queryId":3,"type":"QueryUpdated","value":{"a":1},"logLines":["[LOG] \'x\'"],"journal":"end"},'
-        '{"queryId":4,"type":"QueryRemoved"}],"clientClockSkew":-5,"serverTs":7}'
+        '{"queryId":4,"type":"QueryRemoved"}]}'
     )
 
 

@@ -13,6 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.identity import Identity
 from engine.sync.protocol import decode_timestamp
+from engine.sync.shared_frames import SharedFrames
+from engine.testing import ManualClock
 from tests.sync.fakes import (
     FakeBackend,
     FakeClient,
@@ -36,7 +38,8 @@ class SessionKeepsItsPromises(RuleBasedStateMachine):
         self.backend = FakeBackend()
         for path in PATHS:
             self.backend.show(path, 0)
-        self.client = FakeClient(self.backend)
+        clock = ManualClock()
+        self.client = FakeClient(self.backend, clock=clock, shared=SharedFrames(b"".join, clock))
         self.query_set_version = 0
         self.identity_version = 0
         self.asked: dict[int, str] = {}

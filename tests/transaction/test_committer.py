@@ -307,6 +307,18 @@ async def test_each_mutation_has_a_timestamp_of_its_own_and_they_grow_while_the_
         assert [group.ts for group in app.groups] == [wall_ns + 2, wall_ns + 3]
 
 
+async def test_who_was_just_answered_can_join_those_who_wait() -> None:
+    async with open_committer(group_commit_ms_max=UNHURRIED_MS) as app:
+        first = app.add("a")
+        await until(lambda: first.run_count == 1)
+        app.add("b")
+        app.add("c")
+        await until(lambda: bool(first.settled))
+        app.add("d")
+        await app.idle()
+        assert [len(group.settled) for group in app.groups] == [1, 3]
+
+
 async def test_timestamps_follow_the_clock_and_never_go_back_with_it() -> None:
     async with open_committer() as app:
         first = app.add("a")
@@ -363,6 +375,19 @@ async def test_when_sqlite_undid_the_whole_transaction_the_others_run_again_and_
         assert first.one.ts < second.one.ts < after.one.ts
         assert app.names() == ["first", "second", "after"]
         assert not app.fatal
+
+
+async def test_what_was_recorded_in_an_undone_group_is_forgotten_and_recorded_again() -> None:
+    async with open_committer() as app:
+        with full_disk(app.database.writer, free_page_count=5):
+            first, again, culprit = app.add("first", key=KEY), app.add("first", key=KEY), app.add(LARGE)
+            await app.idle()
+        assert isinstance(culprit.one.error, StorageFull)
+        assert [sent.run_count for sent in (first, again)] == [2, 0]
+        assert again.one.recorded == b'"added"'
+        assert again.one.ts == first.one.ts
+        assert app.names() == ["first"]
+        assert app.database.writer.read_ledger_row_count() == 1
 
 
 async def test_a_culprit_that_hides_the_error_and_writes_on_commits_nothing() -> None:
@@ -525,6 +550,34 @@ async def test_an_unknown_commit_fails_the_engine_and_whoever_waits_in_its_proce
         await app.idle()
         assert sent.outcome.value == again.outcome.value
         assert await app.engine.query("notes:texts", room="a") == ["x"]
+
+
+async def test_a_caller_in_the_process_that_is_cancelled_stops_waiting_and_its_mutation_goes_on() -> None:
+    async with small_engine() as app:
+        caller = asyncio.create_task(app.engine.mutation("notes:add", room="a", text="x"))
+        await asyncio.sleep(0)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        await app.idle()
+        assert await app.engine.query("notes:texts", room="a") == ["x"]
+
+
+async def test_when_the_engine_ends_a_caller_gets_the_reason_and_its_task_may_go_on() -> None:
+    async with small_engine() as app:
+
+        async def call() -> int:
+            with pytest.raises(EngineClosed):
+                await app.engine.mutation("notes:add", room="a", text="x")
+            await asyncio.sleep(0)  # raises in a task that is still being cancelled
+            task = asyncio.current_task()
+            assert task is not None
+            return task.cancelling()
+
+        caller = asyncio.create_task(call())
+        await asyncio.sleep(0)
+        app.engine.abandon()
+        assert await caller == 0
 
 
 async def test_a_bug_of_ours_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,33 +238,117 @@ def writer() -> Iterator[WriterConnection]:
         yield database.writer
 
 
+def key_of(request_id: int, session_id: str = "s") -> LedgerKey:
+    return LedgerKey.of(session_id, request_id, None, "f", b"{}")
+
+
+def record(ledger: Ledger, writer: WriterConnection, *keys: LedgerKey) -> None:
+    """One group with an outcome for each key, whose timestamp is its request id."""
+    for key in keys:
+        ledger.check_room()
+        ledger.record(key, key.request_id, b"null")
+    writer.write_meta(1, 1, ledger.write(writer))
+    ledger.keep()
+
+
+def outcome(key: LedgerKey) -> RecordedOutcome:
+    return RecordedOutcome(key.request_id, b"null")
+
+
 def test_its_rows_are_in_the_transaction_that_is_open(writer: WriterConnection) -> None:
-    ledger, key = Ledger.open(writer, Limits()), LedgerKey.of("s", 1, None, "f", b"{}")
+    ledger, key = Ledger.open(writer, Limits()), key_of(1)
     writer.begin()
-    ledger.record(writer, key, 5, b"null")
-    assert ledger.lookup(writer, key) == RecordedOutcome(5, b"null")
-    writer.rollback()
+    ledger.record(key, 1, b"null")
+    assert ledger.find(writer, key) == outcome(key)
     assert ledger.lookup(writer, key) is None
+    assert ledger.write(writer) == 1
+    assert ledger.lookup(writer, key) == outcome(key)
+    writer.rollback()
+    ledger.undo()
+    assert ledger.find(writer, key) is ledger.lookup(writer, key) is None
+    assert ledger.write(writer) == 0
 
 
-def test_another_digest_is_refused(writer: WriterConnection) -> None:
+@pytest.mark.parametrize("is_written", [False, True])
+def test_another_digest_is_refused(writer: WriterConnection, is_written: bool) -> None:
     ledger = Ledger.open(writer, Limits())
-    ledger.record(writer, LedgerKey.of("s", 1, None, "f", b"{}"), 5, b"null")
+    ledger.record(key_of(1), 5, b"null")
+    if is_written:
+        record(ledger, writer)
     with pytest.raises(RequestIdReused, match="request id 1 of this session was used for another request"):
-        ledger.lookup(writer, LedgerKey.of("s", 1, "somebody", "f", b"{}"))
+        ledger.find(writer, LedgerKey.of("s", 1, "somebody", "f", b"{}"))
+
+
+def test_only_a_request_that_may_have_come_before_is_looked_up(writer: WriterConnection) -> None:
+    ledger = Ledger.open(writer, Limits())
+    for request_id in range(10):
+        assert ledger.find(writer, key_of(request_id)) is None
+        record(ledger, writer, key_of(request_id))
+    assert ledger.lookup_count == 1  # for the session's newest request
+    assert ledger.find(writer, key_of(4)) == outcome(key_of(4))
+    assert ledger.lookup_count == 2
+
+
+def test_requests_of_one_session_that_come_out_of_order_are_found(writer: WriterConnection) -> None:
+    ledger = Ledger.open(writer, Limits())
+    keys = [key_of(request_id) for request_id in (7, 3, 9, 8)]  # of two connections
+    for key in keys:
+        assert ledger.find(writer, key) is None
+        record(ledger, writer, key)
+    for known in (ledger, Ledger.open(writer, Limits())):
+        assert [known.find(writer, key) for key in keys] == [outcome(key) for key in keys]
+
+
+def test_a_session_that_is_not_noted_any_more_is_looked_up_again(writer: WriterConnection) -> None:
+    ledger = Ledger.open(writer, Limits(ledger_session_count_max=2))
+    keys = [key_of(5, session_id) for session_id in "abc"]
+    for key in keys:
+        assert ledger.find(writer, key) is None
+        record(ledger, writer, key)
+    assert [ledger.find(writer, key) for key in keys] == [outcome(key) for key in keys]
+    in_open_group = key_of(6, "a")
+    assert ledger.find(writer, in_open_group) is None
+    ledger.record(in_open_group, 6, b"null")
+    for key in keys[1:]:
+        ledger.find(writer, key)  # makes room: `a` goes
+    assert ledger.find(writer, in_open_group) == outcome(in_open_group)
 
 
 def test_what_is_kept_counts_over_a_restart(writer: WriterConnection) -> None:
     limits = Limits(ledger_row_count_max=1)
-    Ledger.open(writer, limits).record(writer, LedgerKey.of("s", 1, None, "f", b"{}"), 5, b"null")
+    record(Ledger.open(writer, limits), writer, key_of(1))
     with pytest.raises(Overloaded, match=r"exactly-once ledger: 1 outcomes kept, 1 allowed"):
-        Ledger.open(writer, limits).record(writer, LedgerKey.of("s", 2, None, "f", b"{}"), 6, b"null")
+        Ledger.open(writer, limits).check_room()
+
+
+def test_the_rows_of_an_older_engine_are_counted_once(writer: WriterConnection) -> None:
+    record(Ledger.open(writer, Limits()), writer, key_of(1), key_of(2))
+    writer.execute("UPDATE _engine_meta SET ledger_row_count = NULL")
+    record(Ledger.open(writer, Limits()), writer, key_of(3))
+    assert writer.read_ledger_row_count() == 3
+
+
+def test_an_undone_group_leaves_the_count_as_it_was(writer: WriterConnection) -> None:
+    ledger = Ledger.open(writer, Limits(ledger_row_count_max=2))
+    record(ledger, writer, key_of(1))
+    for undone in ("a group", "another one"):
+        ledger.check_room()
+        ledger.record(key_of(2), 2, undone.encode())
+        with pytest.raises(Overloaded):
+            ledger.check_room()
+        ledger.undo()
+    writer.begin()
+    assert ledger.forget(writer, 15 * DAY * 1_000_000_000, 0.0)
+    writer.rollback()
+    ledger.undo()
+    record(ledger, writer, key_of(2))
+    with pytest.raises(Overloaded):
+        ledger.check_room()
 
 
 def test_many_old_outcomes_go_a_bounded_number_at_a_time(writer: WriterConnection) -> None:
     ledger = Ledger.open(writer, Limits())
-    for number in range(1_200):
-        ledger.record(writer, LedgerKey.of(f"session {number % 7}", number, None, "f", b"{}"), number, b"null")
+    record(ledger, writer, *[key_of(number, f"session {number % 7}") for number in range(1_200)])
     counts, is_done = [1_200], False
     while not is_done:
         is_done = ledger.forget(writer, 15 * DAY * 1_000_000_000, 0.0)

@@ -26,7 +26,7 @@ class Store:
         writer = self.database.writer
         writer.begin()
         writer.execute("UPDATE numbers SET number = ?, padding = zeroblob(?)", (number, padding_size_bytes))
-        writer.write_meta(number, number)
+        writer.write_meta(number, number, 0)
         writer.commit()
 
     def show(self, number: int, *, padding_size_bytes: int = 0) -> None:

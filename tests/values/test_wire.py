@@ -19,6 +19,11 @@ from tests import strategies
         (b'{"a":[1,-2,2.5,1e300],"1":"1"}', b'{"a":[1.0,-2.0,2.5,1e300],"1":"1"}'),
         (b'[true,null,{"$integer":"BQAAAAAAAAA="}]', b'[true,null,{"$integer":"BQAAAAAAAAA="}]'),
         (b"9007199254740992", b"9007199254740992.0"),
+        *[(b"[%b]" % (b"%d" % n), b"[%d.0]" % n) for n in (0, -7, 12)],
+        (b'{"a":{"b":1}}', b'{"a":{"b":1.0}}'),
+        (b"[0.5,[],3]", b"[0.5,[],3.0]"),
+        (b'{"a":7,"b":0.5}', b'{"a":7.0,"b":0.5}'),
+        (b'[0.5,1e300,"1:2,3","[4]"]', b'[0.5,1e300,"1:2,3","[4]"]'),
     ],
 )
 def test_every_plain_integer_gets_a_decimal_point_for_clients_that_look_for_it(payload: bytes, pointed: bytes) -> None:
@@ -44,6 +49,8 @@ def test_decimal_points_change_no_value(value: Any) -> None:
         (b"hi", b'"aGk="'),
         ([math.nan, math.inf, -math.inf, -0.0], b'["NaN","Infinity","-Infinity",-0.0]'),
         ({"a": {"b": [1, "x", None]}}, b'{"a":{"b":[1,"x",null]}}'),
+        (['{"$bytes":"aGk="}', b"hi"], b'["{\\"$bytes\\":\\"aGk=\\"}","aGk="]'),
+        ("$5", b'"$5"'),
     ],
 )
 def test_lossy_json_is_plain_json_for_people(value: Any, lossy: bytes) -> None:
