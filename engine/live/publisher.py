@@ -305,7 +305,20 @@ class Publisher:
             self._long_paths.add(call.function.path)
             self._wait_for_round(live_query)
             return
+        if run.nested and (self._round_members or self._long_waiting) and self._called_what_waits(run, identity):
+            self._wait_for_round(live_query)  # who shares it is not known before; until then it would run in vain
+            return
         self._finish(live_query, run, self.ts)
+
+    def _called_what_waits(self, run: QueryRun, identity: Identity | None) -> bool:
+        """Whether a round will run a query that was run inside of this run, too."""
+        for nested, inner in run.nested.items():
+            live_query = self._sharing.look_up(nested, identity)
+            if live_query is not None and self._waits(live_query):
+                return True
+            if self._called_what_waits(inner, identity):
+                return True
+        return False
 
     def _choose_identity(self, live_query: LiveQuery) -> bool:
         """One for whom the queries that it calls still return what it is shared by; the others leave.

@@ -6,9 +6,10 @@ own behind such a part (a *dependency*), kept true like any other, and shares th
 returns the same.
 
 Invariants
-  1. A live query that has run and is not dirty is listed under its variant, for every journal that leads to it.
+  1. A live query that has run and is not dirty is listed under its variant, for every journal that leads to it; but
+     where one is listed that waits to run, that one stays.
   2. A view that holds a live query is a dependent of all live queries behind its nested parts, for its own identity.
-  3. Two live queries are never listed in one place: the later one gives its views to the earlier.
+  3. Two live queries are never listed in one place: the later one gives its views to the earlier, unless that waits.
 """
 
 from collections.abc import Callable, Iterator
@@ -92,9 +93,9 @@ class Sharing:
         parts, variant = tuple(part for part, _ in live_query.variant), live_query.variant
         is_restricted = live_query.is_restricted
         at_journal = self._listed.get((path, canonical, live_query.journal, is_restricted), {})
-        serving = at_journal.get(parts, {}).get(variant) or live_query
-        if serving.is_dirty:  # it is about to change: asks under another journal may not rely on it
-            return False
+        serving = at_journal.get(parts, {}).get(variant, live_query)
+        if serving.is_dirty:  # it waits to run, and is about to change: nobody may rely on it
+            serving = live_query
         for journal in journals:
             key = (path, canonical, journal, is_restricted)
             by_variant = self._listed.setdefault(key, {}).setdefault(parts, {})

@@ -69,3 +69,47 @@ async def add(ctx, rank: int) -> None: await ctx.db.insert(Item(key="a", rank=ra
             await app.engine.mutation("m:add", rank=rank)
             await subscriber.catch_up()
         assert subscriber.value(1) == [0, 1, 2, 3, 10]
+
+
+async def test_a_query_runs_once_where_one_that_it_calls_waits_for_a_round(tmp_path: Path) -> None:
+    functions = """
+import time
+
+IS_SLOW, IS_HELD = [1], [1]
+
+async def while_any(ctx, reasons) -> None:
+    while reasons:
+        end = time.perf_counter() + 0.012
+        while time.perf_counter() < end: pass
+        await ctx.db.query(Name).first()
+@query
+async def mine(ctx) -> list[str]:
+    await while_any(ctx, IS_SLOW)
+    return [ctx.auth.identity().subject] * await ctx.db.query(Item).count()
+@query
+async def held(ctx) -> None: await while_any(ctx, IS_HELD)
+@query
+async def greeting(ctx) -> str: return f"hello {await ctx.run_query(mine)}"
+@mutation
+async def add(ctx) -> None: await ctx.db.insert(Item(key="a"))
+@action
+async def release(ctx, slow: bool) -> None: (IS_SLOW if slow else IS_HELD).clear()
+"""
+    limits = Limits(run_slow_ms=10, run_ms_max=60_000)
+    async with open_app(tmp_path, functions, limits=limits) as app, asyncio.timeout(SECONDS_MAX):
+        first, second, third = (Subscriber(app.engine, ALICE) for _ in range(3))
+        first.ask(0, "m:mine")
+        assert first.take() is None
+        for _ in range(5):
+            await asyncio.sleep(0)  # it runs long in its round, too
+        await app.engine.action("m:release", slow=True)
+        await first.catch_up()
+        second.ask(0, "m:held")
+        assert second.take() is None
+        await app.engine.mutation("m:add")  # what ran long the last time waits for the next round
+        third.ask(0, "m:greeting")
+        assert third.take() is None
+        await app.engine.action("m:release", slow=False)
+        await third.catch_up()
+        assert third.value() == "hello ['alice']"
+        assert app.run_count("m:greeting") == 1
