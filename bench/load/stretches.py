@@ -21,6 +21,9 @@ Send = Callable[[Callable[[], None]], None]  # sends one mutation; the callable 
 _SHORT_DIVISOR = 10
 _FLAME_SAMPLES_PER_SECOND = 250
 _TITLE = re.compile('(<text id="title"[^>]*>)[^<]*<')  # py-spy puts its own command there
+_EXTRAS = re.compile(
+    r'<script.*?</script>| onload="[^"]*"|<text id="(?:search|unzoom|matched)".*?</text>|<!--.*?-->', re.DOTALL
+)  # of its picture: the code that zooms, and its buttons
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -58,7 +61,7 @@ class Options(msgspec.Struct, frozen=True):
         if recording.returncode:
             raise RuntimeError(f"py-spy ended with {recording.returncode}: {output.decode()[-500:]}")
         title = f"{name}: the server, {_FLAME_SAMPLES_PER_SECOND} samples/s of each thread that is not idle"
-        target.write_text(_TITLE.sub(rf"\g<1>{title}<", target.read_text()))
+        target.write_text(_EXTRAS.sub("", _TITLE.sub(rf"\g<1>{title}<", target.read_text())))
 
 
 class Cost(msgspec.Struct):
