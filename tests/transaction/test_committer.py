@@ -377,6 +377,34 @@ async def test_when_sqlite_undid_the_whole_transaction_the_others_run_again_and_
         assert not app.fatal
 
 
+async def test_what_was_kept_of_documents_in_an_undone_group_is_read_anew() -> None:
+    ids: list[str] = []
+    names: list[str] = []
+
+    def insert(transaction: WriteTransaction) -> bytes:
+        ids.append(transaction.insert(Thing(name="old")))
+        return b"null"
+
+    def rename_once(transaction: WriteTransaction) -> bytes:
+        thing = transaction.get(ids[0])
+        assert isinstance(thing, Thing)
+        names.append(thing.name)
+        if len(names) == 1:
+            transaction.patch(ids[0], {"name": "new"})
+        return b"null"
+
+    async with open_committer() as app:
+        app.submit(insert)
+        await app.idle()
+        with full_disk(app.database.writer, free_page_count=5):
+            app.submit(rename_once)
+            culprit = app.add(LARGE)
+            await app.idle()
+        assert isinstance(culprit.one.error, StorageFull)
+        assert names == ["old", "old"]
+        assert app.names() == ["old"]
+
+
 async def test_what_was_recorded_in_an_undone_group_is_forgotten_and_recorded_again() -> None:
     async with open_committer() as app:
         with full_disk(app.database.writer, free_page_count=5):
