@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import sys
 from pathlib import Path
 
 import uvloop
@@ -24,7 +23,10 @@ def main() -> None:
     options = Options(seconds=arguments.seconds, viewer_count=arguments.users)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         figures = runner.run(run(options, arguments.only))
-    command = f"python -m bench.peers {' '.join(sys.argv[1:])}".rstrip()
+    command = (
+        f"python -m bench.peers --only {','.join(arguments.only)} "
+        f"--seconds {options.seconds:g} --users {options.viewer_count}"
+    )
     print_table(figures, command)
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown_table(figures, command))
