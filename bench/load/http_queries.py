@@ -17,10 +17,10 @@ from typing import cast
 import msgspec
 
 from bench.load.demo import subjects
-from bench.load.figures import Figure, Goal, percentile
+from bench.load.figures import Figure, Goal
 from bench.load.filling import fill
 from bench.load.processes import BENCH_APP, Server, Tokens, engine_server, listening
-from bench.load.stretches import Cost, Options, as_acknowledged, cost_of
+from bench.load.stretches import Options, Reached, as_acknowledged, cost_of
 
 CONNECTION_COUNT = 32
 _WARM_COUNT = 40  # requests of each connection before measuring: all users have asked once
@@ -28,18 +28,6 @@ _GROUP_ITEM_COUNT = 60
 _HEADER_END, _LENGTH = b"\r\n\r\n", b"content-length: "
 
 Requests = Iterator[bytes]
-
-
-class Reached(msgspec.Struct, frozen=True):
-    per_second: float
-    p50_ms: float
-    p99_ms: float
-    cost: Cost
-
-    @property
-    def cpu_micros(self) -> float:
-        """Of the server, for one request."""
-        return 1e6 * self.cost.server_cpu_seconds / (self.per_second * self.cost.seconds)
 
 
 class _Kind(msgspec.Struct, frozen=True):
@@ -176,7 +164,7 @@ async def _stretch(server: Server, requests: Requests, seconds: float) -> Reache
         connection.close()
     if wrong:
         raise RuntimeError(f"{len(wrong):,} answers are not as the first: {wrong[0][:500]!r}")
-    return Reached(len(latencies) / cost.seconds, percentile(latencies, 50), percentile(latencies, 99), cost)
+    return Reached.of(latencies, cost)
 
 
 def _compare(workload: str, ours: Reached, raw: Reached, *, has_goal: bool) -> Iterator[Figure]:

@@ -7,13 +7,13 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
 
-from bench.load.figures import Figure
+from bench.load.figures import Figure, percentile
 from bench.load.processes import Server, busy_cpu_seconds, usage_of
 
 Send = Callable[[Callable[[], None]], None]  # sends one mutation; the callable it is given is called when that is over
@@ -84,6 +84,26 @@ class Cost(msgspec.Struct):
     @property
     def other_percent(self) -> float:
         return 100 * self.other_cpu_seconds / self.seconds
+
+
+class Reached(msgspec.Struct, frozen=True):
+    """What a closed loop came to."""
+
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+    cost: Cost
+
+    @classmethod
+    def of(cls, latencies_ms: Sequence[float], cost: Cost) -> "Reached":
+        """From the latency of each request, and what all of them cost."""
+        per_second = len(latencies_ms) / cost.seconds
+        return cls(per_second, percentile(latencies_ms, 50), percentile(latencies_ms, 99), cost)
+
+    @property
+    def cpu_micros(self) -> float:
+        """Of the server, for one request."""
+        return 1e6 * self.cost.server_cpu_seconds / (self.per_second * self.cost.seconds)
 
 
 @contextmanager

@@ -18,16 +18,14 @@ from contextlib import closing
 from itertools import accumulate, cycle
 from pathlib import Path
 
-import msgspec
-
 from bench.load.client import Client, Crowd
 from bench.load.commits import RawCommits, raw_commits
 from bench.load.commits import transfers as raw_transfers
 from bench.load.demo import subjects
-from bench.load.figures import Figure, Goal, percentile
+from bench.load.figures import Figure, Goal
 from bench.load.filling import fill
 from bench.load.processes import BENCH_APP, Server, Tokens, engine_server
-from bench.load.stretches import Cost, Options, Send, as_acknowledged, cost_of
+from bench.load.stretches import Options, Reached, Send, as_acknowledged, cost_of
 
 CLIENT_COUNT = 64
 ACCOUNT_COUNT = 100_000
@@ -38,13 +36,6 @@ _GROUP_COUNT_BY_IN_FLIGHT = {1: CLIENT_COUNT, 40: 512}  # in flight a client; th
 _SEED = 14
 
 Pair = tuple[str, str]
-
-
-class Reached(msgspec.Struct, frozen=True):
-    per_second: float
-    p50_ms: float
-    p99_ms: float
-    cost: Cost
 
 
 async def run(options: Options) -> list[Figure]:
@@ -109,7 +100,7 @@ async def _stretch(server: Server, clients: list[Client], pairs: list[Pair], in_
     with cost_of(server) as cost:
         loads = [as_acknowledged(sender(client), seconds=seconds, in_flight_count=in_flight) for client in clients]
         await asyncio.gather(*loads)
-    return Reached(len(latencies) / cost.seconds, percentile(latencies, 50), percentile(latencies, 99), cost)
+    return Reached.of(latencies, cost)
 
 
 def _check_sum(database: Path) -> None:

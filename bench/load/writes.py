@@ -20,9 +20,9 @@ from bench.load.client import Client, Crowd
 from bench.load.commits import RawCommits, progress_updates, raw_commits
 from bench.load.connection import Receiver
 from bench.load.demo import first_id, subjects
-from bench.load.figures import Figure, Goal, Row, percentile
+from bench.load.figures import Figure, Goal, Row
 from bench.load.processes import Server, Tokens, engine_server
-from bench.load.stretches import Cost, Options, Send, as_acknowledged, cost_of
+from bench.load.stretches import Options, Reached, Send, as_acknowledged, cost_of
 
 WRITER_COUNT = 32
 GROUP_COUNTS = (WRITER_COUNT, 100)  # of the limit
@@ -31,18 +31,6 @@ NOT_DURABLE = "no fsync"  # in the title of another server that is not
 _PEER_RATIO = 3  # over the best other server that is durable too
 DURATION_SECONDS = 3_600.0
 _SEED = 32
-
-
-class Reached(msgspec.Struct, frozen=True):
-    per_second: float
-    p50_ms: float
-    p99_ms: float
-    cost: Cost
-
-    @property
-    def cpu_micros(self) -> float:
-        """Of the server, for one write."""
-        return 1e6 * self.cost.server_cpu_seconds / (self.per_second * self.cost.seconds)
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -161,4 +149,4 @@ async def _write(server: Server, writers: list[Client], content_id: str, seconds
         client.on_result = counter(client)
     with cost_of(server) as cost:
         await asyncio.gather(*[as_acknowledged(sender(client), seconds=seconds) for client in writers])
-    return Reached(len(latencies) / cost.seconds, percentile(latencies, 50), percentile(latencies, 99), cost)
+    return Reached.of(latencies, cost)

@@ -109,7 +109,7 @@ class Connection(asyncio.Protocol):
             door.clock,
             wake=partial(door.flush_soon, self),
             accepts_chunks=accepts_chunks,
-            write=transport.write,
+            write=self._write_ready,
             shared=door.shared_deflated_frames if does_deflate else door.shared_frames,
         )
         self.outgoing = Outgoing(
@@ -129,6 +129,12 @@ class Connection(asyncio.Protocol):
         elif self._is_waiting_for_room and not session.is_reading_paused:
             self._is_waiting_for_room = False
             asyncio.get_running_loop().call_soon(self._take)
+
+    def _write_ready(self, frame: bytes) -> None:
+        try:
+            self._transport.write(frame)
+        except Exception:  # noqa: BLE001 - a door: the client lacks what its session takes for sent
+            self._give_up()
 
     def sweep(self) -> None:
         """The heartbeat: called at even intervals, `SWEEPS_PER_HEARTBEAT` in each."""

@@ -623,11 +623,7 @@ class Session:
         assert self._shared is not None
         assert self._write is not None
         frame, self._sent, self._sent_at = self._shared.get(self._sent, query_id, result)
-        try:
-            self._write(frame)
-        except Exception:
-            self.close(protocol.CLOSE_INTERNAL_ERROR, _INTERNAL_SERVER_ERROR)  # the client lacks what `_sent` says
-            raise
+        self._write(frame)
 
     def _has_said_all(self) -> bool:
         return self._has_sent_transition and not (
