@@ -161,7 +161,10 @@ class HttpDoor:
         await self._verify_admin(request)
         seconds, seconds_max = _decode(await self.body(request), _Span).seconds, self._limits.profile_seconds_max
         if not 0 < seconds <= seconds_max:
-            raise InvalidArgument(f"seconds: {seconds:g}; more than 0 and at most {seconds_max} are possible.")
+            raise InvalidArgument(
+                f"seconds: {seconds:g}; more than 0 and at most {seconds_max} are possible. "
+                "Ask for less at once, or raise limits.profile_seconds_max."
+            )
         return JsonAnswer(msgspec.json.encode(await self._backend.profile(seconds)))
 
     async def run(self, request: web.Request) -> web.Response:

@@ -289,3 +289,16 @@ async def test_a_connection_that_is_lost_lets_go_of_its_session(opened: Opened) 
     await turn(5)
     assert opened.backend.views[0].is_closed
     assert opened.clock.seconds_to_next_timer is None
+
+
+async def test_a_ready_frame_that_cannot_be_written_closes_its_connection_alone(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(data: bytes) -> None:
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(opened.transport, "write", fail)
+    opened.connection.session._write(b"ready")
+    assert opened.connection.session.closing is not None
+    assert opened.connection.session.closing.reason == "InternalServerError"
+    assert "broken on purpose" in caplog.text
