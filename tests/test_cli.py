@@ -77,7 +77,7 @@ async def add(ctx: MutationCtx, text: str, kind: Literal["a", "b"] = "a", note_i
 async def double(ctx: ActionCtx, number: int, factors: dict[str, float] | None = None) -> int:
     return 2 * number
 
-@cron(minutes=1)
+@cron("0 0 1 1 *")
 @mutation(internal=True)
 async def wipe(ctx: MutationCtx) -> Int64:
     notes = await ctx.db.query(Note).collect()
@@ -399,7 +399,7 @@ def test_functions_are_listed_as_they_were_written(app: Path) -> None:
         "notes:double    action    (number: int, factors: dict[str, float] | None = None) -> int",
         "notes:list_all  query     (limit: int = 10) -> list[Note]",
         "notes:me        query     () -> str | None",
-        "notes:wipe      mutation  () -> Int64  [internal, each 60 s]",
+        "notes:wipe      mutation  () -> Int64  [internal, cron 0 0 1 1 *]",
     ]
     public = CliRunner().invoke(main, ["functions", "--app", str(app), "--no-internal"])
     assert "notes:wipe" not in public.output
@@ -414,13 +414,15 @@ def test_routes_are_listed_after_the_functions(app: Path) -> None:
     assert result.output.splitlines()[-1] == "/app/{name}     GET       (name: str) -> Response | None"
 
 
-def test_a_cron_expression_is_shown(app: Path) -> None:
+def test_when_jobs_come_is_shown(app: Path) -> None:
     (app / "functions" / "later.py").write_text(
         "from engine import ActionCtx, action, cron\n"
         '@cron("0 3 * * *")\n@action(internal=True)\nasync def night(ctx: ActionCtx) -> None: ...\n'
+        "@cron(minutes=1)\n@action(internal=True)\nasync def tick(ctx: ActionCtx) -> None: ...\n"
     )
     registry = load_app(app, Limits()).registry
     assert describe(registry.by_path["later:night"]) == "() -> None  [internal, cron 0 3 * * *]"
+    assert describe(registry.by_path["later:tick"]) == "() -> None  [internal, each 60 s]"
 
 
 @pytest.mark.parametrize("name", [*_LATER_COMMANDS, *main.commands])

@@ -6,10 +6,10 @@ own behind such a part (a *dependency*), kept true like any other, and shares th
 returns the same.
 
 Invariants
-  1. A live query that has run and is not dirty is listed under its variant, for every journal that leads to it; but
-     where one is listed that waits to run, that one stays.
+  1. A live query that has run and is not dirty is listed under its variant, for every journal that leads to it.
   2. A view that holds a live query is a dependent of all live queries behind its nested parts, for its own identity.
-  3. Two live queries are never listed in one place: the later one gives its views to the earlier, unless that waits.
+  3. Two live queries are never listed in one place: the later one gives its views to the earlier; but where that waits
+     to run it gives up its place, so that nobody waits for a result that is there.
 """
 
 from collections.abc import Callable, Iterator
@@ -94,12 +94,17 @@ class Sharing:
         is_restricted = live_query.is_restricted
         at_journal = self._listed.get((path, canonical, live_query.journal, is_restricted), {})
         serving = at_journal.get(parts, {}).get(variant, live_query)
-        if serving.is_dirty:  # it waits to run, and is about to change: nobody may rely on it
+        if serving.is_dirty:
             serving = live_query
         for journal in journals:
             key = (path, canonical, journal, is_restricted)
             by_variant = self._listed.setdefault(key, {}).setdefault(parts, {})
-            if by_variant.setdefault(variant, serving) is serving:
+            listed = by_variant.get(variant)
+            if listed is not None and listed.is_dirty:  # it is about to change: once it has run it looks for its place
+                listed.keys.discard((key, parts, variant))
+                listed = None
+            if listed is None:
+                by_variant[variant] = serving
                 serving.keys.add((key, parts, variant))
         return serving is live_query
 

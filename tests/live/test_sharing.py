@@ -3,7 +3,12 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from engine import Limits
+from engine.live.invalidation import InvalidationIndex
+from engine.live.live_query import LiveQuery
+from engine.transaction.write_set import WriteSet
 from tests.functions.apps import SECONDS_MAX, open_app
 from tests.small_engine import Subscriber, person
 
@@ -113,3 +118,51 @@ async def release(ctx, slow: bool) -> None: (IS_SLOW if slow else IS_HELD).clear
         await third.catch_up()
         assert third.value() == "hello ['alice']"
         assert app.run_count("m:greeting") == 1
+
+
+class _InOrder(list[LiveQuery]):
+    """As the set that it stands for is used."""
+
+    def __or__(self, other: set[LiveQuery]) -> list[LiveQuery]:
+        return [*self, *other]
+
+
+@pytest.mark.parametrize("is_newest_first", [False, True])
+async def test_pages_that_come_to_end_at_one_place_share_their_runs_whichever_of_them_runs_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_newest_first: bool
+) -> None:
+    functions = """
+@query
+async def page(ctx, pagination_opts: PaginationOptions) -> Page[Item]:
+    if (await ctx.db.query(Item.by_key, key="a").first()).rank == 0: raise AppError("there are none")
+    return await ctx.db.query(Item.by_key, key="a").paginate(pagination_opts)
+@mutation
+async def set(ctx, rank: int) -> None:
+    item = await ctx.db.query(Item.by_key, key="a").first()
+    if item is None: await ctx.db.insert(Item(key="a", rank=rank))
+    else: await ctx.db.patch(item.id, rank=rank)
+"""
+    affected = InvalidationIndex.affected
+    async with open_app(tmp_path, functions) as app, asyncio.timeout(SECONDS_MAX):
+        await app.engine.mutation("m:set", rank=1)
+        first, second = Subscriber(app.engine, None), Subscriber(app.engine, None)
+        first.ask(0, "m:page", paginationOpts={"numItems": 2, "cursor": None})
+        await first.catch_up()
+        await app.engine.mutation("m:set", rank=0)
+        await first.catch_up()
+        second.ask(0, "m:page", paginationOpts={"numItems": 2, "cursor": None})
+        await second.catch_up()
+        assert second.results[0].failure is not None
+        made = [first.view.held(0), second.view.held(0)]
+        assert made[0] is not made[1], "where the page of the second ends is not known yet"
+
+        def in_order(index: InvalidationIndex[LiveQuery], writes: WriteSet) -> _InOrder:
+            return _InOrder(sorted(affected(index, writes), key=made.index, reverse=is_newest_first))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(InvalidationIndex, "affected", in_order)
+            await app.engine.mutation("m:set", rank=2)
+        for subscriber in (first, second):
+            await subscriber.catch_up()
+            assert [item["rank"] for item in subscriber.value()["page"]] == [2]
+        assert first.view.held(0) is second.view.held(0)
