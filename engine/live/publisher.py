@@ -382,14 +382,18 @@ class Publisher:
         journals = {started_from, live_query.journal}
         if variant != live_query.variant or journals != {key[2] for key, *_ in live_query.keys}:
             live_query.variant = variant
-            is_listed = self._sharing.list(live_query, journals)
+            serving = self._sharing.list(live_query, journals)
             for view in list(live_query.watchers):
                 # a re-run that reads more of the identity splits its subscribers
-                if is_listed and self._sharing.suits(live_query, view.identity):
-                    for query_id in list(live_query.watchers.get(view, ())):  # a run inside may move it
-                        self._sharing.depend(view, query_id, live_query)
-                else:
+                if not self._sharing.suits(serving, view.identity):
                     self._move(view, live_query)
+                    continue
+                for query_id in list(live_query.watchers.get(view, ())):  # a run inside may move it
+                    if serving is live_query:
+                        self._sharing.depend(view, query_id, live_query)
+                    else:  # now: later, what it is shared by may have left the cache, and would be run in a round again
+                        view.move(query_id, serving)
+                        self.tell_later(view)
             is_news_to_callers = True
         if is_news_to_callers:
             self._tell_dependents(live_query, cause)

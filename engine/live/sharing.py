@@ -85,8 +85,8 @@ class Sharing:
         variant = self._variant(identity, tuple(part for part, _ in live_query.variant))
         return variant is not None and variant == live_query.variant
 
-    def list(self, live_query: LiveQuery, journals: set[str | None]) -> bool:
-        """List a live query under these starting journals; False if another one gives its callers the same already."""
+    def list(self, live_query: LiveQuery, journals: set[str | None]) -> LiveQuery:
+        """List a live query under these starting journals; the one for its callers: another gives them the same already."""
         assert live_query.call is not None
         self.unlist(live_query)
         path, canonical = live_query.call.function.path, live_query.call.arguments.canonical
@@ -106,7 +106,7 @@ class Sharing:
             if listed is None:
                 by_variant[variant] = serving
                 serving.keys.add((key, parts, variant))
-        return serving is live_query
+        return serving
 
     def unlist(self, live_query: LiveQuery) -> None:
         """It is found no more."""

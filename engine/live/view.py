@@ -179,6 +179,13 @@ class View:
             self._detach(query_id)
         self._unattached[query_id] = None
 
+    def move(self, query_id: int, live_query: LiveQuery) -> None:
+        """Another live query has been found for this id, which has a result."""
+        self.reattach(query_id)
+        del self._unattached[query_id]
+        self._hold = None  # what was held knows nothing of this result
+        self._attach_to(query_id, live_query)
+
     def reattach_all(self) -> None:
         """The app's code has changed."""
         self._hold = None
@@ -230,6 +237,10 @@ class View:
         assert self._hold.ts == ts, "one round at a time"
         self._hold.awaited[live_query] = None
 
+    def let_go(self) -> None:
+        """The round ends before it has run all: what was held for it is not shown."""
+        self._hold = None
+
     def settled(self, live_query: LiveQuery, query_ids: QueryIds) -> None:
         """The round has its result at the timestamp of the hold."""
         if self._waiting:
@@ -249,13 +260,15 @@ class View:
                 return False
             query_id = next(iter(self._unattached))
             del self._unattached[query_id]
-            subscription = self._subscriptions[query_id]
             with publisher.cache:
-                live_query = subscription.live_query = publisher.find(subscription.ask, self.identity)
-                self.mark((query_id,))
-                publisher.attach(self, query_id, live_query)
+                self._attach_to(query_id, publisher.find(self._subscriptions[query_id].ask, self.identity))
         self._unattached = {}  # the emptied one keeps its table
         return True
+
+    def _attach_to(self, query_id: int, live_query: LiveQuery) -> None:
+        self._subscriptions[query_id].live_query = live_query
+        self.mark((query_id,))
+        self._publisher.attach(self, query_id, live_query)
 
     def _detach(self, query_id: int) -> None:
         self._unmark((query_id,))

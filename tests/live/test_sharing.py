@@ -166,3 +166,29 @@ async def set(ctx, rank: int) -> None:
             await subscriber.catch_up()
             assert [item["rank"] for item in subscriber.value()["page"]] == [2]
         assert first.view.held(0) is second.view.held(0)
+
+
+async def test_long_queries_inside_of_each_other_are_found_again_though_the_cache_holds_hardly_anything(
+    tmp_path: Path,
+) -> None:
+    functions = """
+@query
+async def name(ctx) -> str:
+    await ctx.db.query(Item).collect()
+    return "guest" if ctx.auth.identity().subject else ""
+@query
+async def age(ctx) -> int:
+    await ctx.db.query(Item).collect()
+    return 40 if ctx.auth.identity().subject else 0
+@query
+async def both(ctx) -> str: return f"{await ctx.run_query(name)}, {await ctx.run_query(age)}"
+@query
+async def greeting(ctx) -> str: return "hello " + await ctx.run_query(both)
+"""
+    limits = Limits(run_slow_ms=0, result_cache_size_bytes=1, result_cache_count_max=1)  # every query runs in rounds
+    async with open_app(tmp_path, functions, limits=limits) as app, asyncio.timeout(SECONDS_MAX):
+        for name in ("alice", "bob", "carol"):
+            subscriber = Subscriber(app.engine, person(name))
+            subscriber.ask(0, "m:greeting")
+            await subscriber.catch_up()
+            assert subscriber.value() == "hello guest, 40"

@@ -512,10 +512,11 @@ class World:
         now = self._evaluate(subscriber.identity, subscription, self.snapshot)
         if _plain_parts(then) != _plain_parts(now):
             return True
-        if self.schema.has_slow_role:  # what is shared by whom may only be known after a round
-            return _may_regroup(then, changes)
         is_touched = then.may_be_touched_by(changes) or then.is_touched_by_time(self.now, self._versions)
-        return is_touched and (then.has_called_inline or _may_regroup(then, changes))
+        if is_touched and then.has_called_inline:
+            return True
+        # with a slow role, what is shared by whom may only be known after a round
+        return (is_touched or self.schema.has_slow_role) and _may_regroup(then, changes)
 
     def _about(self, key: str) -> str:
         """Which query this is, and who asks it."""
