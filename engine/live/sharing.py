@@ -86,7 +86,7 @@ class Sharing:
         return variant is not None and variant == live_query.variant
 
     def list(self, live_query: LiveQuery, journals: set[str | None]) -> LiveQuery:
-        """List it under these starting journals; gives itself, or another one that gives its callers the same already."""
+        """List it under these starting journals; gives itself, or another that gives its callers the same already."""
         assert live_query.call is not None
         self.unlist(live_query)
         path, canonical = live_query.call.function.path, live_query.call.arguments.canonical
