@@ -49,6 +49,9 @@ class Failures:
     def of(self, error: BaseException, path: str) -> Failure:
         """The failure that a client of function `path` is shown for `error`."""
         request_id = self._clock.entropy(8).hex()
+        if isinstance(error, AppError | RequestError):
+            # nobody looks where these come from; and their frames hold what will hold the failure, which holds them
+            error.__traceback__ = None
         match error:
             case AppError():
                 try:

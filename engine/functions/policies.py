@@ -217,6 +217,11 @@ class Guard:
         if not drive_inside(self.run, getattr(policy, operation)(*documents)):
             raise Forbidden(f"{operation} {table}: its policy, {type(policy).__name__}, does not allow this caller to.")
 
+    def forget(self) -> None:
+        """The run is over. Policies hold their guard: all that it knows would wait for the garbage collector."""
+        self._instances.clear()
+        self._may_read.clear()
+
     def viewer(self, call: Call) -> Any:
         """What the viewer query returns: asked once, and again after each write of a mutation."""
         write_count = self._transaction.write_count
@@ -230,6 +235,8 @@ class Guard:
     def _policy(self, table: str) -> Policy[Any]:
         instance = self._instances.get(table)
         if instance is None:
+            if not self._instances:
+                self.run.guards = (*self.run.guards, self)
             declared = self._policies[table]
             instance = self._instances[table] = declared.policy(self, declared.viewer)
         return instance

@@ -32,6 +32,7 @@ from engine.transaction.reading import ReadTransaction
 
 if TYPE_CHECKING:
     from engine.functions.arguments import Arguments
+    from engine.functions.policies import Guard
     from engine.functions.registry import Function
     from engine.functions.requests import Request
 
@@ -76,6 +77,7 @@ class Run:
     read_now = False  # set by ctx
     has_page = False  # set by begin_page
     is_inside = False  # of a call that cannot wait; set by drive_inside
+    guards: "tuple[Guard, ...]" = ()  # that have asked policies
     triggers: tuple[str, ...] = ()  # paths of those under way, the first that was set off first
     _is_open = True
     _transaction: ReadTransaction | None = None  # while it runs; set by begin
@@ -156,6 +158,9 @@ class Run:
         self._is_open = False
         # each holds this run: all that it used would wait for the garbage collector
         self._tracked_identity = self._transaction = None
+        for guard in self.guards:
+            guard.forget()
+        self.guards = ()
         if transaction is not None:
             transaction.lift_limits()
             transaction.run = None
