@@ -55,7 +55,8 @@ async def told(ctx, change) -> None:
 @query
 async def newest(ctx) -> list[Item]: return await ctx.db.query(Item.by_rank).order("desc").take(3)
 @query
-async def filtered(ctx) -> list[Item]: return await ctx.db.query(Item.by_rank, gt=0).filter(lambda i: i.rank > 1).collect()
+async def filtered(ctx) -> list[Item]:
+    return await ctx.db.query(Item.by_rank, gt=0).filter(lambda item: item.rank > 1).collect()
 @query
 async def looped(ctx) -> int: return sum([item.rank async for item in ctx.db.query(Item)])
 @query
@@ -64,7 +65,9 @@ async def page(ctx, pagination_opts: PaginationOptions) -> Page[Item]:
 @query
 async def found(ctx) -> list[Item]: return await ctx.db.search(Item.words, "words").take(3)
 @query
-async def counted(ctx) -> int: return (await ctx.db.unrestricted.total(Item.per_owner, owner_id=(await ctx.db.query(Owner).first()).id)).count
+async def counted(ctx) -> int:
+    owner = await ctx.db.query(Owner).first()
+    return (await ctx.db.unrestricted.total(Item.per_owner, owner_id=owner.id)).count
 @query
 async def nested(ctx) -> int: return len(await ctx.run_query(newest))
 @query
