@@ -326,7 +326,8 @@ class EngineBackend:
         try:
             call = self._resolve("mutation", path, arguments, is_admin=is_admin)
             execute = self._execution_of(call, caller, is_admin=is_admin)
-            self._committer.submit(Submission(execute, settle, key, call.function.path))
+            function = call.function
+            self._committer.submit(Submission(execute, settle, key, function.path, is_admin, function.linger_seconds))
         except RequestError as error:
             done(MutationOutcome(None, None, self._runner.failures.of(error, path)))
 

@@ -6,7 +6,7 @@ Exit codes, those above 63 from `sysexits.h`, so that a supervisor knows what he
      1  a function failed, or refused its arguments
      2  the command was typed wrong
     69  the database or the port is used by somebody else, or the server cannot answer now
-    70  a bug of the engine; the log says where
+    70  a bug of the engine, or a function that blocked it for 30 s; the log says where
     75  storage is in an unknown state: start again, and what was committed is there
     78  `engine.toml`, `schema.py` or `functions/` is wrong; nothing was changed
    130  interrupted
@@ -45,7 +45,6 @@ from engine.config import CONFIG_FILE, Config, Mode, load_config
 from engine.engine import Engine
 from engine.errors import (
     AuthenticationFailed,
-    CommitUnknown,
     DeveloperError,
     EngineError,
     FunctionFailed,
@@ -53,6 +52,7 @@ from engine.errors import (
     InternalError,
     Overloaded,
     RequestError,
+    StorageFailed,
 )
 from engine.functions.loader import load_app
 from engine.functions.registry import Function
@@ -62,8 +62,9 @@ from engine.live.live_query import Result
 from engine.observe.explain import Explanation, text_of
 from engine.observe.log import set_up_logging
 from engine.observe.profile import Profile, profile_text, stacks_of
+from engine.server.held_loop import watched_loop
 from engine.server.process import check_free, end_on_failure, serving_process, stop_signals
-from engine.storage.connections import lock_holder
+from engine.storage.lock import lock_holder
 from engine.sync.backend import ActionOutcome, MutationOutcome
 from engine.values import Int64
 
@@ -113,7 +114,7 @@ class _Commands(click.Group):
 
 def exit_code_of(error: EngineError) -> int:
     match error:
-        case CommitUnknown():
+        case StorageFailed():
             return EXIT_STORAGE_UNKNOWN
         case InternalError():
             return EXIT_INTERNAL
@@ -188,7 +189,8 @@ async def _serve(app: Path, database: Path, config: Config) -> None:
         async with serving_process(app, database, config, SystemClock()) as (engine, address):
             end_on_failure(engine, exit_code_of)
             _log.info("serving %s with %d functions, data in %s", address, len(engine.registry.by_path), database)
-            await stop.wait()
+            with watched_loop(config.limits, engine.clock, exit_code=EXIT_INTERNAL):
+                await stop.wait()
 
 
 def configuration(app: Path, mode: Mode, host: str | None, port: int | None) -> Config:

@@ -14,6 +14,9 @@ Invariants
     [limits]
     run_ms_max = 2_000                              # any name of `limits.py`
 
+    [per_ip]                                        # without this table no address is bounded, and loopback never is
+    connection_count_max = 200                      # any name of `PerIp`, as its comments say
+
     [rate_limits."chat:send"]                       # over what a module of functions/ declares
     count = 5
     seconds = 10
@@ -54,7 +57,7 @@ from engine.auth.providers import DEFAULT_ALGORITHMS, HMAC_ALGORITHM, AuthProvid
 from engine.errors import ConfigError
 from engine.functions.rate_limits import RateOverride
 from engine.functions.settings import VARIABLE_PREFIX, Given
-from engine.limits import Limits
+from engine.limits import Limits, PerIp
 from engine.storage.s3 import S3Location
 
 CONFIG_FILE = "engine.toml"
@@ -76,6 +79,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     allowed_origins: tuple[str, ...] = ()  # scheme://host[:port] each; empty: any
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()  # whose X-Forwarded-For is believed
     limits: Limits = Limits()
+    per_ip: PerIp | None = None  # None: no address is bounded
     rate_limits: Mapping[str, RateOverride] = {}  # by the name of the rate limit
     providers: tuple[AuthProvider, ...] = ()
     denied_tables: tuple[str, ...] = ()  # reached by clients through a policy only; "*": all
@@ -122,6 +126,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     trusted_proxies: list[str] = []
     public_url: str | None = None
     limits: Limits = Limits()
+    per_ip: PerIp | None = None
     rate_limits: dict[str, RateOverride] = {}
     auth: _Auth = msgspec.field(default_factory=_Auth)
     admin: _Admin = msgspec.field(default_factory=_Admin)
@@ -176,7 +181,9 @@ class _Loader:
         except msgspec.ValidationError as cause:
             message, _, key = str(cause).partition(" - at `$.")
             raise self._error(key.rstrip("`"), _in_words_of_toml(message)) from cause
-        self._check_limits(file.limits)
+        self._check_limits("limits", file.limits)
+        if file.per_ip is not None:
+            self._check_limits("per_ip", file.per_ip)
         if file.mode not in MODES:
             raise self._error("mode", f"expected {' or '.join(MODES)}")
         if not file.host or not file.host.isprintable():
@@ -192,6 +199,7 @@ class _Loader:
             ),
             trusted_proxies=tuple(self._network(index, text) for index, text in enumerate(file.trusted_proxies)),
             limits=file.limits,
+            per_ip=file.per_ip,
             rate_limits=file.rate_limits,
             providers=tuple(
                 self._provider(f"auth.providers[{i}]", p, file.mode) for i, p in enumerate(file.auth.providers)
@@ -230,16 +238,18 @@ class _Loader:
             elif inner == dict[str, RateOverride] and isinstance(value, Mapping):
                 for name, item in value.items():
                     self._check_keys(item, RateOverride, f"{prefix}{key}.{name}.")
+            elif inner == PerIp | None:
+                self._check_keys(value, PerIp, f"{prefix}{key}.")
             elif inner == S3Location | None:
                 self._check_keys(value, S3Location, f"{prefix}{key}.")
             elif inner == list[_Provider] and isinstance(value, list):
                 for index, item in enumerate(value):
                     self._check_keys(item, _Provider, f"{prefix}{key}[{index}].")
 
-    def _check_limits(self, limits: Limits) -> None:
+    def _check_limits(self, table: str, limits: Limits | PerIp) -> None:
         for name in limits.__struct_fields__:
             if getattr(limits, name) < 1:
-                raise self._error(f"limits.{name}", "expected at least 1")
+                raise self._error(f"{table}.{name}", "expected at least 1")
 
     def _origin(self, key: str, text: str) -> str:
         if _ORIGIN.fullmatch(text.lower()) is None:

@@ -36,6 +36,7 @@ from engine.functions.registry import Registry
 from engine.observe.log import set_up_logging
 from engine.observe.pushes import PushTrace, text_of
 from engine.server.development import development_routes
+from engine.server.held_loop import watched_loop
 from engine.server.process import check_free, end_on_failure, serving_process, stop_signals
 
 FUNCTIONS_DIRECTORY = "functions"
@@ -198,6 +199,7 @@ async def _serve(app: Path, database: Path, config: Config, *, does_print_pushes
                 providers=[issuer.provider],
                 extra_routes=development_routes(issuer, trace),
                 events=events,
+                repeats_queries=True,
             ) as (engine, address),
             Saves(app, stop) as saves,
         ):
@@ -205,4 +207,5 @@ async def _serve(app: Path, database: Path, config: Config, *, does_print_pushes
                 console.print(f"schema: {change}", style="dim", markup=False)
             console.print(banner(address, app=app, database=database, registry=engine.registry), soft_wrap=True)
             end_on_failure(engine, exit_code_of)
-            await reload_on_save(saves, engine.reload, console)
+            with watched_loop(config.limits, clock, exit_code=None):
+                await reload_on_save(saves, engine.reload, console)

@@ -24,13 +24,14 @@ from engine.backend import EngineBackend, caller_of
 from engine.clock import Clock, SystemClock
 from engine.config import Config, load_config, read_settings
 from engine.errors import EngineClosed, EngineError, InternalError, Overloaded
-from engine.events import CodeReloaded, Committed, Events
+from engine.events import CodeReloaded, Committed, Events, RoomEnded, RoomReturned
 from engine.functions.calls import value_of
 from engine.functions.disconnects import Disconnects
 from engine.functions.files import Files
 from engine.functions.loader import App, load_app
 from engine.functions.outcomes import Outcome
 from engine.functions.registry import Function, FunctionKind, Registry
+from engine.functions.repeating import RepeatingRunner
 from engine.functions.runner import Runner
 from engine.functions.scheduler import JobScheduler
 from engine.functions.settings import make_settings
@@ -44,6 +45,8 @@ from engine.storage.ddl import apply_schema
 from engine.storage.files import DiskFileStore, Staging, files_directory
 from engine.storage.rows import RowCodec
 from engine.storage.s3 import S3FileStore
+from engine.storage.scans import forget_scan_statements
+from engine.storage.totals import forget_total_statements
 from engine.transaction.committer import Committer, Execution, Group, Submission
 from engine.transaction.ledger import Ledger
 from engine.transaction.reading import Catalog, ReadTransaction
@@ -63,6 +66,7 @@ class Engine:
         events: Events,
         providers: tuple[AuthProvider, ...],
         admin_keys: tuple[str, ...],
+        runner_class: type[Runner],
     ) -> None:
         self.config, self.clock, self.events, self.database = config, clock, events, database
         self._app = app
@@ -76,7 +80,7 @@ class Engine:
         """What opening changed in the database, in words."""
         self._ledger = Ledger.open(database.writer, limits)
         self._snapshots = Snapshots(database, limits, clock)
-        self._runner = Runner(
+        self._runner = runner_class(
             app.registry,
             limits,
             clock,
@@ -91,6 +95,7 @@ class Engine:
         self._committer = Committer(
             database.writer, catalog, self._ledger, limits, clock, self._publish, self._refresh, self._fail
         )
+        self._committer.on_short = self._tell_short
         self._disconnects = Disconnects(self._runner, self._committer, self._read, clock, events)
         self._tokens = TokenVerifier((*config.providers, *providers), clock)
         digests = (*config.admin_key_digests, *admin_keys)
@@ -108,7 +113,7 @@ class Engine:
         directory = files_directory(database.path)
         self.files = self._runner.files = Files(
             DiskFileStore(directory) if config.storage is None else S3FileStore(config.storage),
-            Staging(directory),
+            Staging(directory, limits.free_size_bytes_min),
             FileAddresses(database.read_secret(), config.public_url or f"http://{config.host}:{config.port}"),
             self.backend,
             self._read,
@@ -131,13 +136,15 @@ class Engine:
         admin_key_digests: tuple[str, ...] = (),
         settings: Mapping[str, Any] | None = None,
         keeps_modules: bool = False,
+        repeats_queries: bool = False,
     ) -> "AsyncIterator[Engine]":
         """Open an app directory on a database file, which is made if it is not there (":memory:" for a temporary one).
 
         `config` stands for the app's `engine.toml`; `mode` ("development" or "production") over either. `providers` and
         `admin_key_digests` are accepted besides those of the config. `settings` stand over `[app]` and the variables
         `APP_*`. `keeps_modules`: what is imported of the app stays as it is, so that tests and functions have the same
-        classes. Raises SchemaError, RegistryError, ConfigError.
+        classes. `repeats_queries`: some are run twice, and `ResultsDiffered` tells of a difference. Raises SchemaError,
+        RegistryError, ConfigError.
         """
         directory = Path(app)
         if config is None:
@@ -151,7 +158,8 @@ class Engine:
         async with AsyncExitStack() as stack:
             opened = Database.open(database, config.limits, entropy=clock.entropy)
             stack.callback(opened.close)
-            engine = cls(loaded, config, opened, clock, events or Events(), providers, admin_key_digests)
+            runner_class = RepeatingRunner if repeats_queries else Runner
+            engine = cls(loaded, config, opened, clock, events or Events(), providers, admin_key_digests, runner_class)
             stack.callback(engine._runner.close)
             stack.callback(engine._tokens.close)
             engine._commits = asyncio.create_task(engine._committer.run())
@@ -223,6 +231,8 @@ class Engine:
             self._app, self._runner.registry, self._runner.settings = app, app.registry, settings
             self._committer.catalog = catalog
             self._publisher.reload(catalog)
+            forget_scan_statements()
+            forget_total_statements()
         await self._scheduler.sync_crons()
         self.events.emit(CodeReloaded(len(app.registry.by_path)))
 
@@ -331,6 +341,10 @@ class Engine:
         transaction = ReadTransaction(self._snapshots.reader, self._publisher.catalog, self.config.limits)
         transaction.lift_limits()
         return transaction
+
+    def _tell_short(self, is_short: bool) -> None:
+        if self.events.listeners:
+            self.events.emit(RoomEnded() if is_short else RoomReturned())
 
     def _fail(self, error: InternalError) -> None:
         if not self.failed.done():

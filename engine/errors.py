@@ -31,13 +31,16 @@
     │   ├── RegistryError         a module of `functions/` is wrong
     │   └── ConfigError           `engine.toml`, a setting or a command-line option is wrong
     └── InternalError             ours: a bug, or storage that cannot be trusted; the process stops
-        └── CommitUnknown         COMMIT failed in a way that says nothing about the disk; nothing was answered
+        └── StorageFailed         the disk refused a read or a write, or gave what was not written: start again
+            └── CommitUnknown     COMMIT failed in a way that says nothing about the disk; nothing was answered
 
 `code` is stable: clients and tests match on it, never on the text. A message has the thing, its value, the bound
 and what to do.
 """
 
 from typing import Any, ClassVar
+
+_PATH_LENGTH_SHOWN_MAX = 256  # of a path that a stranger asks for
 
 
 class EngineError(Exception):
@@ -62,7 +65,10 @@ class FunctionNotFound(RequestError):
     code = "FunctionNotFound"
 
     def __init__(self, path: str, kind: str) -> None:
-        super().__init__(f"Could not find public {kind} function for '{path}'. `engine functions` lists what there is.")
+        shown = path if len(path) <= _PATH_LENGTH_SHOWN_MAX else f"{path[:_PATH_LENGTH_SHOWN_MAX]}…"
+        super().__init__(
+            f"Could not find public {kind} function for '{shown}'. `engine functions` lists what there is."
+        )
 
 
 class LimitExceeded(RequestError):
@@ -249,7 +255,13 @@ class InternalError(EngineError):
     code = "InternalError"
 
 
-class CommitUnknown(InternalError):
+class StorageFailed(InternalError):
+    """The disk refused a read or a write, or gave back what was not written: only a restart can tell what is on it."""
+
+    code = "StorageFailed"
+
+
+class CommitUnknown(StorageFailed):
     """COMMIT failed and may or may not be on disk: only a restart can tell (the ledger decides)."""
 
     code = "CommitUnknown"

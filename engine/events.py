@@ -78,8 +78,22 @@ class ClockRead(Event, frozen=True):
     path: str
 
 
+class ResultsDiffered(Event, frozen=True):
+    """A query returned something else when it ran twice on the same data, for the same caller at the same time."""
+
+    path: str
+
+
 class CodeReloaded(Event, frozen=True):
     function_count: int
+
+
+class RoomEnded(Event, frozen=True):
+    """The disk of the database is full, or nearly: mutations are refused from now on."""
+
+
+class RoomReturned(Event, frozen=True):
+    """Mutations commit again."""
 
 
 class JobFinished(Event, frozen=True):

@@ -10,6 +10,7 @@ Invariants
   2. A heartbeat of an active session changes no number that a viewer count reads.
 """
 
+from datetime import timedelta
 from typing import Annotated
 
 from msgspec import Meta
@@ -52,7 +53,7 @@ async def join(
         await ctx.session.on_disconnect(leave, session_id=session_id)
 
 
-@mutation
+@mutation(linger=timedelta(milliseconds=100))
 async def heartbeat(ctx: MutationCtx, session_id: SessionId, game_id: Id[Game]) -> None:
     """Still watching; brings back a session that had lapsed. A client that gets SESSION_NOT_FOUND joins."""
     session = await _session(ctx, session_id)

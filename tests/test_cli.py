@@ -32,7 +32,7 @@ from engine.errors import (
 )
 from engine.functions.loader import load_app
 from engine.limits import Limits
-from engine.storage.connections import lock_holder
+from engine.storage.lock import lock_holder
 
 REPOSITORY = Path(__file__).parents[1]
 START_SECONDS_MAX, RUN_SECONDS_MAX = 20, 60

@@ -11,7 +11,7 @@ from engine.auth.admin import digest_of
 from engine.auth.providers import FixedKeys, RemoteKeys, SharedSecret
 from engine.config import Config, _File, load_config
 from engine.errors import ConfigError
-from engine.limits import Limits
+from engine.limits import Limits, PerIp
 from engine.storage.s3 import S3Location
 from tests.auth.issuers import jwks
 
@@ -75,6 +75,18 @@ def test_options_stand_over_the_file_key_by_key(tmp_path: Path) -> None:
 def test_each_limit_is_set_by_its_name_and_checked(tmp_path: Path, name: str) -> None:
     assert getattr(load(tmp_path, f"limits.{name} = 7").limits, name) == 7
     assert refusal(tmp_path, f"limits.{name} = 0") == f"engine.toml: limits.{name} = 0: expected at least 1"
+
+
+@pytest.mark.parametrize("name", PerIp.__struct_fields__)
+def test_each_bound_of_an_address_is_set_by_its_name_and_checked(tmp_path: Path, name: str) -> None:
+    assert getattr(load(tmp_path, f"[per_ip]\n{name} = 7\n").per_ip, name) == 7
+    assert refusal(tmp_path, f"[per_ip]\n{name} = 0\n") == f"engine.toml: per_ip.{name} = 0: expected at least 1"
+
+
+def test_addresses_are_bounded_only_if_the_file_says_so(tmp_path: Path) -> None:
+    assert load(tmp_path, "").per_ip is None
+    assert load(tmp_path, "[per_ip]\n").per_ip == PerIp()
+    assert "did you mean `per_ip.connection_count_max`" in refusal(tmp_path, "[per_ip]\nconnection_count = 7\n")
 
 
 @pytest.mark.parametrize("form", ["file", "table", "text"])

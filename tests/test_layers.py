@@ -11,7 +11,7 @@ import pytest
 ENGINE = Path(__file__).parents[1] / "engine"
 
 ORDER = (
-    "errors limits clock events ids ranges values identity schema storage transaction functions live sync "
+    "errors limits clock events faults ids ranges values identity schema storage transaction functions live sync "
     "auth config observe backend engine operate client server dashboard codegen cli dev testing pytest_plugin"
 ).split()
 

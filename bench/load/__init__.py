@@ -18,6 +18,7 @@ name; `--short` all in a few minutes, the large ones at a tenth of their size; `
     15     inprocess      mutations without a socket, 64 callers
     16     multitude      10,000 viewers of one chat, 50 messages/s
     17     http           `/api/query`, cached and uncached
+    18     fairness       one session's single call beside another one that asks all it may
 
 Every figure is printed beside its limit, taken in the same run on the same machine: a bare aiohttp broadcast of the
 same bytes (`broadcast`), a bare aiohttp handler (`bare`), the same SQLite statements in grouped commits (`commits`), or

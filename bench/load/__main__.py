@@ -14,6 +14,7 @@ import uvloop
 from bench.load import (
     chat,
     deflate,
+    fairness,
     http_queries,
     inprocess,
     large,
@@ -50,6 +51,7 @@ WORKLOADS = {
     "inprocess": Workload((15,), inprocess.run),
     "multitude": Workload((16,), chat.run_multitude),
     "http": Workload((17,), http_queries.run),
+    "fairness": Workload((18,), fairness.run),
 }
 REPRESENTATIVE = "chat"
 _SHORT = Options(seconds=2.0, is_short=True)

@@ -193,10 +193,13 @@ class TokenVerifier:
             raise AuthenticationFailed(f"The token is valid in {early:,.0f} s only ({LEEWAY_SECONDS} s are forgiven).")
 
     def _keep(self, digest: bytes, cached: _Cached) -> None:
-        self._cache[digest] = cached
-        self._cache.move_to_end(digest)
-        if len(self._cache) > _CACHE_COUNT_MAX:
+        self._cache.pop(digest, None)
+        now = self._clock.wall_ns() / 1e9
+        while self._cache and (
+            len(self._cache) >= _CACHE_COUNT_MAX or next(iter(self._cache.values())).expires_at <= now
+        ):
             self._cache.popitem(last=False)
+        self._cache[digest] = cached
 
     def _source_of(self, provider: AuthProvider, fetch: Callable[[RemoteKeys], Fetch]) -> KeySource:
         match provider.keys:

@@ -22,11 +22,13 @@ from engine.errors import (
     RequestError,
 )
 from engine.events import Events, FunctionFaulted
-from engine.functions.run import Escaped, RunStopped
+from engine.functions.watchdog import Escaped, RunStopped, StepTimedOut
 from engine.limits import Limits
 from engine.values import encode_value
 
 _PAGINATION_RESET = b'{"isConvexSystemError":true,"paginationError":"InvalidCursor"}'  # client hooks look for it
+_REMEDY = "Read less, use an index, move work to an action, or raise limits.run_ms_max."
+_ACTION_REMEDY = "Make it a plain `def`, which runs in a thread, await more often, or raise limits.run_ms_max."
 _TEXT_LENGTH_MAX = 16_384  # of an error: it may quote megabytes of data
 
 
@@ -68,13 +70,10 @@ class Failures:
             case RequestError():
                 return self._failure(error, request_id, str(error), None, is_public=True)
             case RunStopped():
-                limit = LimitExceeded(
-                    f"run time in ms of {path}",
-                    used=self._limits.run_ms_max,
-                    allowed=self._limits.run_ms_max,
-                    remedy="Read less, use an index, move work to an action, or raise limits.run_ms_max.",
-                )
-                self._events.emit(FunctionFaulted(path, request_id, limit))
+                # what is told says where it was; what is kept must not hold the frames
+                fault, limit = self._overrun(error, path), self._overrun(error, path)
+                fault.__cause__ = error
+                self._events.emit(FunctionFaulted(path, request_id, fault))
                 return self._failure(limit, request_id, str(limit), None, is_public=True)
             case Escaped() if error.__cause__ is not None:
                 return self.of(error.__cause__, path)
@@ -87,6 +86,15 @@ class Failures:
                 failed = FunctionFailed(f"{path} raised {traceback.format_exception_only(error)[-1].rstrip()}")
                 failed.__cause__ = error
                 return self._failure(failed, request_id, _trace_of(error), None)
+
+    def _overrun(self, error: RunStopped, path: str) -> LimitExceeded:
+        is_action = isinstance(error, StepTimedOut)
+        return LimitExceeded(
+            f"run time in ms of {path}{' between two awaits' if is_action else ''}",
+            used=self._limits.run_ms_max,
+            allowed=self._limits.run_ms_max,
+            remedy=_ACTION_REMEDY if is_action else _REMEDY,
+        )
 
     def _data_of(self, error: AppError) -> bytes:
         data, allowed = encode_value(error.data, self._limits), self._limits.result_size_bytes_max

@@ -33,6 +33,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _DECLARED = "__engine_function__"
 _CRON = "__engine_cron__"
 _RETRY_COUNT_MAX = 100  # of a job; the last ones are an hour apart
+_LINGER_MAX = timedelta(seconds=1)  # what the same client sends next waits as well
 
 
 class Declared(msgspec.Struct, frozen=True):
@@ -42,6 +43,7 @@ class Declared(msgspec.Struct, frozen=True):
     is_internal: bool
     timeout: timedelta | None = None  # of an action
     retry_count: int = 0  # as a job
+    linger: timedelta = timedelta(0)  # of a mutation
 
 
 class Cron(msgspec.Struct, frozen=True):
@@ -71,6 +73,7 @@ class Function(msgspec.Struct, frozen=True, eq=False):
     cron: Cron | None
     timeout_seconds: float | None = None  # of an action; None: what the limits allow
     retry_count: int = 0  # how often it is run again as a job, if it fails
+    linger_seconds: float = 0  # of a mutation: how long its commit may wait for others
 
 
 @overload
@@ -85,13 +88,17 @@ def query(function: F | None = None, /, *, internal: bool = False) -> F | Callab
 @overload
 def mutation(function: F, /) -> F: ...
 @overload
-def mutation(*, internal: bool = False, retries: int = 0) -> Callable[[F], F]: ...
-def mutation(function: F | None = None, /, *, internal: bool = False, retries: int = 0) -> F | Callable[[F], F]:
+def mutation(*, internal: bool = False, retries: int = 0, linger: timedelta = timedelta(0)) -> Callable[[F], F]: ...
+def mutation(
+    function: F | None = None, /, *, internal: bool = False, retries: int = 0, linger: timedelta = timedelta(0)
+) -> F | Callable[[F], F]:
     """A function that reads and writes as one transaction: all of it happens, exactly once, or nothing.
 
-    `retries`: how often a job that runs it is tried again when it fails with anything but an AppError.
+    `retries`: how often a job that runs it is tried again when it fails with anything but an AppError. `linger`: how
+    long a client's call may wait for others to share its commit, and with it the client's later ones. For what many
+    send all the time and nobody waits for (heartbeats), 100 ms save most of what each costs.
     """
-    return _declare(function, Declared("mutation", internal, retry_count=retries))
+    return _declare(function, Declared("mutation", internal, retry_count=retries, linger=linger))
 
 
 @overload
@@ -231,6 +238,9 @@ def _compile(
         )
     if type(retry_count) is not int or not 0 <= retry_count <= _RETRY_COUNT_MAX:
         raise RegistryError(f"{path}: retries={retry_count!r}; 0 to {_RETRY_COUNT_MAX} are possible.")
+    linger = declared.linger
+    if type(linger) is not timedelta or not timedelta(0) <= linger <= _LINGER_MAX:
+        raise RegistryError(f"{path}: linger={linger!r}; a timedelta of at most {_LINGER_MAX} is needed.")
     decode = compile_decoder(signature.return_type, limits=limits, tags=tags, is_stored=True)
     return Function(
         path=path,
@@ -243,6 +253,7 @@ def _compile(
         cron=when,
         timeout_seconds=None if timeout is None else timeout.total_seconds(),
         retry_count=retry_count,
+        linger_seconds=linger.total_seconds(),
     )
 
 

@@ -8,24 +8,20 @@
 
 Invariants
   1. A run changes only its own state and its transaction, both thrown away whole when it is stopped.
-  2. The watchdog injects only while the marker says that a function is being driven; clearing it and injecting happen
-     under one lock, and clearing withdraws what was not delivered yet. A run that it stopped has failed, also
-     when the function swallowed the exception.
-  3. `ctx` is dead once its function has returned.
+  2. `ctx` is dead once its function has returned.
 """
 
 import contextlib
-import ctypes
-import threading
 from collections.abc import Awaitable, Callable, Generator
 from inspect import isawaitable
-from types import CoroutineType, TracebackType
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from engine.clock import cpu_clock
 from engine.errors import FunctionMisuse
 from engine.functions.outcomes import NestedQuery, Outcome, QueryRun
 from engine.functions.pages import CursorSeal, fingerprint_of
+from engine.functions.watchdog import RunStopped, RunTimedOut, Watchdog
 from engine.identity import PRESENT, Caller, Identity, Part, part_of
 from engine.limits import Limits
 from engine.transaction.reading import ReadTransaction
@@ -37,26 +33,10 @@ if TYPE_CHECKING:
     from engine.functions.requests import Request
 
 _cpu = cpu_clock()
-_WATCHDOG_PERIOD_SECONDS = 0.05
-
-
-class RunStopped(BaseException):
-    """Ends a run from outside; not an Exception, so that `except Exception` in a function does not swallow it."""
-
-
-class RunTimedOut(RunStopped):
-    """The run held the loop for run_ms_max."""
 
 
 class RanLong(RunStopped):
     """A query passed run_slow_ms on the shared snapshot: it starts again where it can pause."""
-
-
-class Escaped(Exception):
-    """A function let out what is no Exception (SystemExit, CancelledError, …): its `__cause__`.
-
-    It is a failure like any other; going on as it is, it would end the loop that serves everybody.
-    """
 
 
 # What the engine knows already of a query that a run calls; None: nothing, run it.
@@ -120,7 +100,7 @@ class Run:
 
     @property
     def wants_pause(self) -> bool:
-        """Asked before every read; refuses it when the run has ended (invariant 3)."""
+        """Asked before every read; refuses it when the run has ended (invariant 2)."""
         if not self._is_open:
             self.check_open()
         return self._is_cooperative and _cpu() > self._pause_at and not self.is_inside
@@ -135,7 +115,7 @@ class Run:
         self._pause_at = now + self.limits.run_slow_ms / 1000
 
     def check_open(self) -> None:
-        """Invariant 3."""
+        """Invariant 2."""
         if not self._is_open:
             raise FunctionMisuse(
                 f"{self.function.path}: ctx was used after the function had returned; await everything before."
@@ -154,7 +134,7 @@ class Run:
         self._transaction.read_set.rerun_by(when_ms)
 
     def end(self, transaction: ReadTransaction | None = None) -> None:
-        """The function has returned (invariant 3)."""
+        """The function has returned (invariant 2)."""
         self._is_open = False
         # each holds this run: all that it used would wait for the garbage collector
         self._tracked_identity = self._transaction = None
@@ -225,67 +205,6 @@ class _Pause:
 PAUSE = object()
 
 
-class Watchdog:
-    """Stops a function that loops without ever calling `ctx.db`.
-
-    A thread looks 20 times a second; a run costs one lock operation. It cannot break a blocking C call: that run
-    fails when the call returns.
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        self._run_seconds_max = limits.run_ms_max / 1000
-        self._lock = threading.Lock()
-        self._driven_since: float | None = None  # the marker (invariant 2)
-        self._was_injected = False
-        self._loop_thread_id = threading.get_ident()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="engine-watchdog", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def __enter__(self) -> None:
-        self._driven_since = _cpu()  # one assignment: the thread sees all of it, or nothing yet
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            was_stopped = self._leave()
-        except RunTimedOut:  # delivered just here: the marker must be cleared all the same
-            self._leave()
-            raise
-        if was_stopped and not isinstance(error, RunTimedOut):
-            raise RunTimedOut from error  # whatever the function made of it: half an operation may have been cut off
-        if error is not None and not isinstance(error, (Exception, RunStopped, KeyboardInterrupt)):
-            raise Escaped from error
-
-    def _leave(self) -> bool:
-        with self._lock:
-            self._driven_since = None
-            was_stopped, self._was_injected = self._was_injected, False
-            if was_stopped:
-                _inject(self._loop_thread_id, None)  # withdraws it if it was not delivered
-            return was_stopped
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(_WATCHDOG_PERIOD_SECONDS):
-            with self._lock:
-                since = self._driven_since
-                # again each time: Python drops what is raised in a `__del__`, and a function may catch it
-                if since is not None and _cpu() - since > self._run_seconds_max:
-                    self._was_injected = True
-                    _inject(self._loop_thread_id, RunTimedOut)
-
-
-def _inject(thread_id: int, error: type[BaseException] | None) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread_id), ctypes.py_object(error) if error is not None else None
-    )
-
-
 def drive(watchdog: Watchdog, run: Run, start: Callable[[], Any]) -> Any:
     """Call a function and run what it returns to its end, without a task: `ctx.db` never really waits."""
     coroutine: Any = None
@@ -350,12 +269,13 @@ async def drive_cooperatively(
 
 def _abandon(watchdog: Watchdog, coroutine: Any) -> None:
     """Close a coroutine that will not be driven on; what its `finally` blocks raise is part of the abandoned run."""
-    close = getattr(coroutine, "close", None)
-    if close is None:
+    if not hasattr(coroutine, "close"):
         return
     # the run has failed already, with a better error
     with contextlib.suppress(Exception, RunStopped), watchdog:
-        close()
+        coroutine.throw(RunStopped())  # `close` leaves an `async for` that paused "running" before Python 3.13
+    with contextlib.suppress(Exception, RunStopped), watchdog:
+        coroutine.close()
 
 
 def _waited(run: Run) -> FunctionMisuse:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from engine.clock import Clock, cpu_clock
+from engine.clock import Clock, cpu_clock, give_way
 from engine.errors import EngineError, InternalError, InvalidArgument, LimitExceeded
 from engine.events import ActionRan, ClockRead, Events, MutationRan
 from engine.functions.arguments import Arguments
@@ -36,9 +36,6 @@ from engine.functions.run import (
     Known,
     RanLong,
     Run,
-    RunStopped,
-    RunTimedOut,
-    Watchdog,
     drive,
     drive_cooperatively,
     knows_nothing,
@@ -46,6 +43,7 @@ from engine.functions.run import (
 from engine.functions.scheduling import ActionScheduler, MutationScheduler
 from engine.functions.storage import ActionStorage, MutationStorage, QueryStorage
 from engine.functions.triggers import Triggers
+from engine.functions.watchdog import RunStopped, RunTimedOut, ThreadCall, Watchdog
 from engine.identity import SYSTEM, Caller
 from engine.limits import Limits
 from engine.transaction.committer import Execution
@@ -152,7 +150,7 @@ class Runner:
         start = self._start_query(call, run, transaction, now)
         began = _cpu()
         try:
-            value = await drive_cooperatively(self._watchdog, run, start, lambda: asyncio.sleep(0))
+            value = await drive_cooperatively(self._watchdog, run, start, give_way)
             return self._ended(call, run, transaction, value, began)
         except (Exception, RunStopped) as error:  # noqa: BLE001 - invariant 1
             return self._query_failed(call, run, transaction, error, began)
@@ -251,11 +249,15 @@ class Runner:
         try:
             async with timeout:
                 if inspect.iscoroutinefunction(call.function.callable):
-                    value = await invoke()
+                    value = await self._watchdog.steps(invoke())
                 else:
-                    value = await asyncio.to_thread(invoke)
+                    in_thread = ThreadCall(invoke)
+                    try:
+                        value = await asyncio.to_thread(in_thread)
+                    finally:
+                        self._watchdog.abandon(in_thread)  # unless it has ended
                     if inspect.isawaitable(value):
-                        value = await value
+                        value = await self._watchdog.steps(value.__await__())
             outcome = Outcome(call.function.encode_result(value), None, self._shown_log(run))
         except BaseException as error:
             if _is_from_outside(error):

@@ -9,17 +9,23 @@
 Invariants
   1. A mutation job takes effect exactly once: the effects and the state of the job are one commit.
   2. An action job starts at most once, and once more for each retry that its function declares.
-  3. A cron has one row and so never two runs at a time; a time that was missed is made up for once.
-  4. At most `scheduler_batch_count` jobs are under way, so a backlog starves nobody.
+  3. A cron has one row and so never two runs at a time; of the times that were missed only the last is made up for,
+     and none comes twice, though the clock be set back.
+  4. At most `scheduler_batch_count` jobs are under way, and at most `scheduler_mutation_count` of them in the queue of
+     the committer, so a backlog starves nobody.
+
+When something is due is a matter of the wall clock, not of `ctx.now`: that stands still where the clock was set back.
 """
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from engine import faults
 from engine.clock import Clock, TimerHandle
 from engine.errors import AppError, EngineClosed, EngineError, Overloaded, RequestError
 from engine.events import Events, JobFinished
@@ -27,7 +33,6 @@ from engine.functions.calls import Transactions
 from engine.functions.failures import Failure
 from engine.functions.jobs import CronJob, ScheduledJob
 from engine.functions.outcomes import Call, Outcome
-from engine.functions.registry import Cron
 from engine.functions.runner import Runner
 from engine.identity import SYSTEM
 from engine.ranges import IndexRange, before, key_prefix
@@ -41,7 +46,8 @@ _SWEEP_SECONDS = 600.0  # between two sweeps of old jobs and ledger rows
 _SWEEP_COUNT = 1_000  # rows one sweep deletes at most, so that it stays short
 _RETRY_SECONDS = 1.0  # after an overload
 _BACKOFF_MS, _BACKOFF_MS_MAX = 1_000.0, 3_600_000.0  # before the first retry of a job; doubled before each other one
-_TIMER_SECONDS_MAX = 3_600.0  # a wall clock may be set meanwhile
+_TIMER_SECONDS_MAX = 600.0  # the wall clock may be set meanwhile, or the machine sleep, and timers notice neither
+_SET_BACK_MS_MAX = 3 * 3_600_000.0  # a clock that is set back further was wrong before: crons go by the new time
 _ERROR_LENGTH_MAX = 4_096
 _JOBS, _CRONS = ScheduledJob.__table_name__, CronJob.__table_name__
 _NOTHING = b"null"
@@ -73,6 +79,8 @@ class JobScheduler:
         self._read, self._clock, self._events = read, clock, events
         self._under_way: set[str] = set()  # ids of jobs and crons that were started and are not recorded as ended
         self._task_by_id: dict[str, asyncio.Task[None]] = {}  # actions under way, by job or cron
+        self._mutations: deque[tuple[ScheduledJob | CronJob, Submission]] = deque()  # under way, not in the queue yet
+        self._queued_count = 0  # mutations under way that are
         self._timer: TimerHandle | None = None
         self._sweep_timer: TimerHandle | None = None
         self._look_is_due = False  # in the next turn of the loop
@@ -87,8 +95,7 @@ class JobScheduler:
 
     async def sync_crons(self) -> None:
         """Make the rows of crons match the functions of the registry."""
-        wanted = {function.path: function.cron for function in self._runner.registry.by_path.values() if function.cron}
-        await self._transactions.write(lambda transaction, now: _sync_crons(transaction, now, wanted))
+        await self._transactions.write(lambda transaction, _: self._sync_crons(transaction))
 
     def committed(self, write_set: WriteSet) -> None:
         """A commit was published: if it changed jobs, stop those that it cancelled, and look when the next is due."""
@@ -126,10 +133,10 @@ class JobScheduler:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        now = self._clock.wall_ns() / 1_000_000
+        now = self._wall_ms
         transaction = self._read()
         next_due: list[float] = []
-        count = self._runner.limits.scheduler_batch_count + len(self._under_way) + 1  # more than can be started
+        count = self._runner.limits.scheduler_batch_count + 1  # what is under way, what can be started, what comes next
         waiting: list[ScheduledJob | CronJob] = [
             *transaction.find(ScheduledJob, "by_state_due", "pending", limit=count),
             *transaction.find(CronJob, "by_state_next", "waiting", limit=count),
@@ -148,6 +155,8 @@ class JobScheduler:
             self._timer = self._clock.call_later(max(delay, 0.001), self._look)
 
     def _start(self, document: ScheduledJob | CronJob) -> None:
+        if faults.plan is not None:
+            faults.plan.reach("job.due")
         arguments = document.arguments if isinstance(document, ScheduledJob) else b"{}"
         try:
             call = self._runner.resolve_any(("mutation", "action"), document.path, arguments)
@@ -173,28 +182,45 @@ class JobScheduler:
             if not _is_still_due(transaction, document):
                 return Execution(_NOTHING, None)
             failure = run(transaction)
+            if faults.plan is not None:
+                faults.plan.reach("job.ran")
             if not transaction.is_open:
                 return Execution(None, None)  # storage has undone the group: the committer sees it
-            now = self._clock.wall_ns() / 1_000_000
-            states.append(self._end(transaction, document.id, now, _ending_of(failure)))
+            states.append(self._end(transaction, document.id, _ending_of(failure)))
             return Execution(_NOTHING, None)
 
         def settle(settled: Settled) -> None:
+            self._queued_count -= 1
             self._settled(document, settled.error)
             if settled.error is None and states:
                 self._tell(document, states[-1])
+            self._submit_more()
 
-        try:
-            self._committer.submit(Submission(execute, settle, function=document.path))
-        except (Overloaded, EngineClosed) as error:
-            self._settled(document, error)
+        self._mutations.append((document, Submission(execute, settle, function=document.path)))
+        self._submit_more()
+
+    def _submit_more(self) -> None:
+        """Put mutations into the queue as far as invariant 4 goes."""
+        while self._mutations and self._queued_count < self._runner.limits.scheduler_mutation_count:
+            document, submission = self._mutations.popleft()
+            try:
+                self._committer.submit(submission)
+                self._queued_count += 1
+            except (Overloaded, EngineClosed) as error:
+                self._settled(document, error)
 
     async def _run_action(self, document: ScheduledJob | CronJob, call: Call) -> None:
         try:
             is_due = await self._transactions.write(lambda transaction, now: _claim(transaction, document, now))
             if is_due:
+                if faults.plan is not None:
+                    await faults.plan.pause("action.claimed")
                 outcome: Outcome = await self._runner.run_action(call, SYSTEM, self._transactions)
+                if faults.plan is not None:
+                    await faults.plan.pause("action.ran")
                 self._tell(document, await self._record(document, _ending_of(outcome.failure)))
+                if faults.plan is not None:
+                    await faults.plan.pause("action.recorded")
             self._settled(document, None)
         except (Overloaded, EngineClosed) as error:
             self._settled(document, error)
@@ -207,7 +233,7 @@ class JobScheduler:
         while True:
             try:
                 return await self._transactions.write(
-                    lambda transaction, now: self._end(transaction, document.id, now, ending)
+                    lambda transaction, _: self._end(transaction, document.id, ending)
                 )
             except Overloaded:
                 await self._clock.sleep(_RETRY_SECONDS)
@@ -220,9 +246,10 @@ class JobScheduler:
         """It is recorded as ended, or could not be for now."""
         self._under_way.discard(document.id)
         if error is None:
-            # the next turn: the commit that has just ended this one is published then
-            self._look_is_due = True
-            asyncio.get_running_loop().call_soon(self._look)
+            # the next turn: the commit that has just ended this one is published then; once for all that it ended
+            if not self._look_is_due:
+                self._look_is_due = True
+                asyncio.get_running_loop().call_soon(self._look)
         elif not self._is_closed:
             self._clock.call_later(_RETRY_SECONDS, self._look)
 
@@ -232,9 +259,10 @@ class JobScheduler:
 
     # -- the rows
 
-    def _end(self, transaction: WriteTransaction, document_id: str, now: float, ending: _Ending) -> str:
+    def _end(self, transaction: WriteTransaction, document_id: str, ending: _Ending) -> str:
         """Write down how one attempt ended; gives the state of the job now, of a cron that of the attempt."""
         transaction.lift_limits()
+        now = self._wall_ms
         document = transaction.get(document_id)
         state = "succeeded" if ending.error is None else "failed"
         if isinstance(document, ScheduledJob):
@@ -252,17 +280,36 @@ class JobScheduler:
             if function is None or function.cron is None:
                 transaction.delete(document_id)
             else:
-                next_at = function.cron.next_ms(now)
+                next_at = function.cron.next_ms(max(now, document.next_at))  # 3
                 transaction.patch(document_id, {"state": "waiting", "next_at": next_at, "last_error": ending.error})
         return state
 
-    def _recover(self, transaction: WriteTransaction, now: float) -> None:
+    def _recover(self, transaction: WriteTransaction, _: float) -> None:
         """What ran when the server stopped: an action job has failed, a cron waits for its next time."""
         for document in (
             *transaction.find(ScheduledJob, "by_state_due", "running"),
             *transaction.find(CronJob, "by_state_next", "running"),
         ):
-            self._end(transaction, document.id, now, _STOPPED)
+            self._end(transaction, document.id, _STOPPED)
+
+    def _sync_crons(self, transaction: WriteTransaction) -> None:
+        transaction.lift_limits()
+        now = self._wall_ms
+        wanted = {function.path: function.cron for function in self._runner.registry.by_path.values() if function.cron}
+        found = {row.path: row for row in transaction.find(CronJob, "by_path")}
+        for path, cron in wanted.items():
+            row, spec, next_at = found.pop(path, None), repr(cron), cron.next_ms(now)
+            if row is None:
+                transaction.insert(CronJob(path=path, spec=spec, next_at=next_at))
+            elif row.spec != spec or row.next_at > next_at + _SET_BACK_MS_MAX:
+                transaction.patch(row.id, {"spec": spec, "next_at": next_at})
+        for row in found.values():
+            if row.state != "running":  # else its end deletes it: were it back before that, two runs could overlap
+                transaction.delete(row.id)
+
+    @property
+    def _wall_ms(self) -> float:
+        return self._clock.wall_ns() / 1_000_000
 
     def _sweep_later(self, seconds: float = _SWEEP_SECONDS) -> None:
         if self._sweep_timer is not None:
@@ -270,14 +317,15 @@ class JobScheduler:
         self._sweep_timer = self._clock.call_later(seconds, self._sweep)
 
     def _sweep(self) -> None:
-        """Delete jobs that ended long ago, and ledger rows past their days."""
+        """Delete jobs that ended long ago, and ledger rows past their days; see to it that crons go by the clock."""
         self._committer.forget_outcomes()
-        oldest = self._clock.wall_ns() / 1_000_000 - _KEPT_MS
+        oldest = self._wall_ms - _KEPT_MS
         is_all = True
 
         def execute(transaction: WriteTransaction) -> Execution:
             nonlocal is_all
             transaction.lift_limits()
+            self._sync_crons(transaction)
             for state in ("succeeded", "failed", "cancelled"):
                 document_type, index, ended = transaction.range_of(ScheduledJob, "by_state_finished", state)
                 old = IndexRange(ended.table, ended.index, ended.start, before(key_prefix([state, oldest])))
@@ -321,17 +369,3 @@ def _claim(transaction: WriteTransaction, document: ScheduledJob | CronJob, now:
         changes |= {"started_at": now, "attempts": document.attempts + 1}
     transaction.patch(document.id, changes)
     return True
-
-
-def _sync_crons(transaction: WriteTransaction, now: float, wanted: dict[str, Cron]) -> None:
-    transaction.lift_limits()
-    found = {row.path: row for row in transaction.find(CronJob, "by_path")}
-    for path, cron in wanted.items():
-        row, spec = found.pop(path, None), repr(cron)
-        if row is None:
-            transaction.insert(CronJob(path=path, spec=spec, next_at=cron.next_ms(now)))
-        elif row.spec != spec:
-            transaction.patch(row.id, {"spec": spec, "next_at": cron.next_ms(now)})
-    for row in found.values():
-        if row.state != "running":  # else its end deletes it: were it back before that, two runs could overlap
-            transaction.delete(row.id)

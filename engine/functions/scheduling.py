@@ -3,8 +3,6 @@
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
-import msgspec
-
 from engine.errors import FunctionMisuse, LimitExceeded
 from engine.functions.calls import Transactions
 from engine.functions.context import FunctionReference
@@ -31,6 +29,8 @@ class _Scheduler:
         run.schedule_size_bytes += len(encoded)
         for what, used, allowed, name in (
             ("jobs scheduled by one run", run.schedule_count, limits.schedule_count_max, "schedule_count_max"),
+            ("bytes of arguments of one job", len(encoded), limits.schedule_job_size_bytes_max,
+             "schedule_job_size_bytes_max"),
             ("bytes of arguments scheduled by one run", run.schedule_size_bytes, limits.schedule_size_bytes_max,
              "schedule_size_bytes_max"),
         ):  # fmt: skip
@@ -38,6 +38,10 @@ class _Scheduler:
                 remedy = f"Schedule a job that schedules more, or raise limits.{name}."
                 raise LimitExceeded(what, used=used, allowed=allowed, remedy=remedy)
         return ScheduledJob(path=call.function.path, arguments=encoded, due_at=due_at)
+
+    def _due_after(self, delay: float | timedelta) -> float:
+        """By the wall clock, as the scheduler looks at it: `ctx.now` stands still where that was set back."""
+        return self._runner.clock.wall_ns() / 1_000_000 + _delay_ms(delay)
 
     def _insert(self, transaction: WriteTransaction, job: ScheduledJob) -> Id[ScheduledJob]:
         return cast("Id[ScheduledJob]", transaction.insert(job))
@@ -53,7 +57,7 @@ class MutationScheduler(_Scheduler):
     async def run_after(
         self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any
     ) -> Id[ScheduledJob]:
-        return await self.run_at(self._transaction.now + _delay_ms(delay), function, **arguments)
+        return await self.run_at(self._due_after(delay), function, **arguments)
 
     async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> Id[ScheduledJob]:
         return self._insert(self._transaction, self._job(function, arguments, float(when_ms)))
@@ -73,11 +77,7 @@ class ActionScheduler(_Scheduler):
     async def run_after(
         self, delay: float | timedelta, function: FunctionReference, /, **arguments: Any
     ) -> Id[ScheduledJob]:
-        delay_ms = _delay_ms(delay)
-        job = self._job(function, arguments, 0.0)
-        return await self._transactions.write(
-            lambda transaction, now: self._insert(transaction, msgspec.structs.replace(job, due_at=now + delay_ms))
-        )
+        return await self.run_at(self._due_after(delay), function, **arguments)
 
     async def run_at(self, when_ms: float, function: FunctionReference, /, **arguments: Any) -> Id[ScheduledJob]:
         job = self._job(function, arguments, float(when_ms))

@@ -1,7 +1,8 @@
 """From a commit to the subscribers whose results it changed.
 
     commit ─> affected live queries ─> each run once on the published snapshot ─> views with a change are told
-                                          └─ holds the loop for run_slow_ms: abandoned, runs in the next round
+                                          ├─ holds the loop for run_slow_ms: abandoned, runs in the next round
+                                          └─ its watchers have had their share of a long pass: runs in the next round
 
 A *round* runs the long queries, one after another, on a snapshot of its own, pausing for the loop every run_slow_ms. It
 takes all that wait when it begins, so every long query of a view is run at one timestamp and none starves.
@@ -20,20 +21,23 @@ from functools import partial
 
 import msgspec
 
-from engine.clock import Clock, cpu_clock
+from engine import faults
+from engine.clock import Clock, cpu_clock, give_way
 from engine.errors import InternalError, RequestError
 from engine.events import Cause, Events, QueryRan, Reran, ResultChanged, ResultUnchanged
-from engine.functions.outcomes import NestedQuery, Outcome, QueryRun
+from engine.functions.outcomes import Call, NestedQuery, Outcome, QueryRun
 from engine.functions.run import Known, RanLong
 from engine.functions.runner import Runner
 from engine.identity import Caller, Identity
 from engine.live.asks import Asks
 from engine.live.causes import Written, cause_of
 from engine.live.deliveries import Deliveries
+from engine.live.first_runs import FirstRuns
 from engine.live.invalidation import InvalidationIndex
 from engine.live.live_query import Ask, LiveQuery, Result
 from engine.live.moments import Moments
 from engine.live.results import ResultCache
+from engine.live.shares import Shares
 from engine.live.sharing import Sharing
 from engine.live.view import View
 from engine.storage.connections import SnapshotReader
@@ -70,8 +74,7 @@ class Publisher:
         self.cache = ResultCache(runner.limits, self._drop)
         self.deliveries = Deliveries(runner.limits, self._run_put_off)
         self._asks = Asks(partial(runner.resolve, "query"))
-        self._turn_is_open = False
-        self._turn_end = 0.0  # when initial runs leave the loop to others
+        self.first_runs = FirstRuns(self._slice_seconds, lambda: _cpu(), self.tell_later)
         self._long_paths: set[str] = set()  # functions that ran long the last time
         self._long_waiting: dict[LiveQuery, None] = {}
         self._round: asyncio.Task[None] | None = None
@@ -127,17 +130,6 @@ class Publisher:
         """Get the bytes of an evicted result again, unless a round will."""
         self._run_unless_it_waits(live_query)
 
-    @property
-    def has_time(self) -> bool:
-        """Whether initial runs may go on in this turn of the loop; all views share its run_slow_ms. One always may."""
-        now = _cpu()
-        if self._turn_is_open:
-            return now < self._turn_end
-        self._turn_is_open = True
-        self._turn_end = now + self._slice_seconds
-        asyncio.get_running_loop().call_soon(self._close_turn)
-        return True
-
     def tell_later(self, view: View) -> None:
         """Call the view's `on_ready` in a turn to come, after the pass if there is one."""
         self.deliveries.tell_later(view)
@@ -150,6 +142,8 @@ class Publisher:
         `writers` are those who wrote, for whoever wants to know why queries run.
         """
         last_ts, self.ts = self.ts, ts
+        if faults.plan is not None:
+            faults.plan.reach("publish.begun")
         if self._round is not None:
             self._round_writes.merge(write_set)
         affected = self._index.affected(write_set) | self._moments.due()
@@ -167,13 +161,24 @@ class Publisher:
                     live_query.cause = cause_of(ts, read_set, writers, self.catalog)
             else:
                 self._drop(live_query)  # invariant 4
+        shares: Shares | None = None  # None: the pass is no longer than a slice so far
         for live_query in affected:
             is_to_run = live_query.is_dirty and live_query.is_watched and not self._waits(live_query)
             if is_to_run and not self.deliveries.try_to_put_off(live_query, last_ts):
-                self._run(live_query)
+                if shares is None:
+                    self._run(live_query)
+                elif shares.are_used_up(live_query):
+                    self._wait_for_round(live_query)
+                else:
+                    began = _cpu()
+                    self._run(live_query)
+                    shares.add(live_query, _cpu() - began)
+            if faults.plan is not None:
+                await faults.plan.pause("publish.passing")
             if _cpu() > turn_end:
-                await asyncio.sleep(0)
+                await give_way()
                 turn_end = _cpu() + self._slice_seconds
+                shares = shares or Shares(self._runner.limits.pass_share_ms / 1000)
         self.is_passing = False
         self._begin_round()
         self.deliveries.release()
@@ -216,7 +221,8 @@ class Publisher:
     @property
     def is_idle(self) -> bool:
         """Whether every watched query is clean and every view has been told."""
-        return self._round is None and not self._long_waiting and self.deliveries.is_idle and not self.is_passing
+        is_running = self._round is not None or bool(self._long_waiting) or self.is_passing
+        return not is_running and self.deliveries.is_idle and self.first_runs.is_idle
 
     async def close(self) -> None:
         self._moments.close()
@@ -233,7 +239,7 @@ class Publisher:
             live_query = self.find(Ask(path, arguments, None), identity)
             if not live_query.is_dirty:
                 self.cache.use(live_query)
-            elif live_query.identity is identity and not live_query.is_watched and self.has_time:
+            elif live_query.identity is identity and not live_query.is_watched and self.first_runs.has_time():
                 self._run_unless_it_waits(live_query)  # nobody else's run, which might turn out to be theirs alone
             if not live_query.is_watched and live_query not in self._round_members:
                 self._release(live_query)
@@ -289,19 +295,11 @@ class Publisher:
             return
         if not live_query.nested and live_query.is_watched:  # of somebody who is still there
             live_query.identity = next(iter(live_query.watchers or live_query.dependents)).identity
-        transaction = ReadTransaction(self._snapshots.reader, self.catalog, self._runner.limits, self.kept)
         identity = live_query.identity
-        caller = Caller(identity, is_restricted=live_query.is_restricted)
-        try:
-            run = self._runner.run_query(
-                call,
-                caller,
-                transaction,
-                self._moments.now_ms(),
-                live_query.journal,
-                self._known_at(identity, self.ts),
-            )
-        except RanLong:
+        run = self._run_short(live_query, call)
+        if run is None and self._round is not None:
+            run = self._run_short(live_query, call)  # perhaps the machine was busy; else it waits for a whole round
+        if run is None:
             self._long_paths.add(call.function.path)
             self._wait_for_round(live_query)
             return
@@ -309,6 +307,17 @@ class Publisher:
             self._wait_for_round(live_query)  # who shares it is not known before; until then it would run in vain
             return
         self._finish(live_query, run, self.ts)
+
+    def _run_short(self, live_query: LiveQuery, call: Call) -> QueryRun | None:
+        """A run on the published snapshot; None: it would hold the loop."""
+        transaction = ReadTransaction(self._snapshots.reader, self.catalog, self._runner.limits, self.kept)
+        identity = live_query.identity
+        caller = Caller(identity, is_restricted=live_query.is_restricted)
+        known = self._known_at(identity, self.ts)
+        try:
+            return self._runner.run_query(call, caller, transaction, self._moments.now_ms(), live_query.journal, known)
+        except RanLong:
+            return None
 
     def _called_what_waits(self, run: QueryRun, identity: Identity | None) -> bool:
         """Whether a round will run a query that was run inside of this run, too."""
@@ -464,10 +473,18 @@ class Publisher:
         self._round = asyncio.create_task(run_round())
 
     async def _run_round(self, reader: SnapshotReader, ts: int, now_ms: float) -> None:
+        is_first, turn_end = True, _cpu() + self._slice_seconds
         while self._round_members:
+            if _cpu() > turn_end:  # many that pause too rarely by themselves hold the loop as one does
+                await give_way()
+                turn_end = _cpu() + self._slice_seconds
+                if not self._round_members:
+                    break
             live_query = next(iter(self._round_members))
             call = live_query.call
             assert call is not None
+            if faults.plan is not None:
+                await faults.plan.pause("round.running")
             if live_query.is_watched:
                 identity = live_query.identity = next(iter(live_query.watchers or live_query.dependents)).identity
                 transaction = ReadTransaction(reader, self.catalog, self._runner.limits)
@@ -475,6 +492,10 @@ class Publisher:
                 run = await self._runner.run_long_query(
                     call, caller, transaction, now_ms, live_query.journal, self._known_at(identity, ts)
                 )
+                if reader.is_cut and not is_first:  # not its fault: the queries before it took the time
+                    self._end_round_early()
+                    break
+                is_first = False
                 if run.duration_seconds < self._slice_seconds / 2:
                     self._long_paths.discard(call.function.path)
             self._round_members.pop(live_query, None)
@@ -492,11 +513,16 @@ class Publisher:
         self._round = None
         self._begin_round()
 
+    def _end_round_early(self) -> None:
+        """The snapshot of the round is gone: those that are left wait for the next one, on the newest."""
+        for live_query in self._round_members:
+            for view in {**live_query.watchers, **live_query.dependents}:
+                view.let_go()
+        self._long_waiting = {**self._round_members, **self._long_waiting}
+        self._round_members = {}
+
     def _known_at(self, identity: Identity | None, ts: int) -> Known:
         return lambda nested: self._sharing.known(nested, identity, ts)
-
-    def _close_turn(self) -> None:
-        self._turn_is_open = False
 
     @property
     def _slice_seconds(self) -> float:

@@ -124,7 +124,7 @@ class View:
             publisher.tell_later(self)
             return None
         if self._unattached and not self._attach():
-            publisher.tell_later(self)
+            publisher.first_runs.wait(self)
             return None
         ts = self._settled_ts() if publisher.deliveries.put_off else publisher.ts
         results = self._refilled()
@@ -162,6 +162,7 @@ class View:
     def close(self) -> None:
         """Ask nothing any more."""
         self._publisher.views.discard(self)
+        self._publisher.first_runs.forget(self)
         for query_id in list(self._subscriptions):
             self.remove(query_id)
         self.is_due = False
@@ -256,7 +257,7 @@ class View:
         """Find a live query for each ask that has none; False when others are to have the loop before all is done."""
         publisher = self._publisher
         while self._unattached:
-            if not publisher.has_time:
+            if not publisher.first_runs.has_time():
                 return False
             query_id = next(iter(self._unattached))
             del self._unattached[query_id]

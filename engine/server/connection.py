@@ -19,20 +19,23 @@ from functools import partial
 from typing import Final, Protocol
 
 from engine.clock import Clock, TimerHandle
-from engine.errors import AuthenticationFailed
+from engine.errors import AuthenticationFailed, RateLimited
 from engine.limits import Limits
 from engine.server import frames
+from engine.server.addresses import Addresses
 from engine.server.deflate import Deflater
+from engine.server.lagging import Lagging
 from engine.server.outgoing import Outgoing
 from engine.sync import protocol
 from engine.sync.backend import AdminKey, Backend, Credential
-from engine.sync.session import Close, Session
+from engine.sync.refusals import Close
+from engine.sync.session import Session
 from engine.sync.shared_frames import SharedFrames
 
 _log = logging.getLogger("engine.server")
 
-_CLOSE_SECONDS_MAX: Final = 2  # for the close handshake
 _BURST_COUNT_MAX: Final = 256  # messages fed in one go before others have their turn
+_BURST_LENGTH_MAX: Final = 1 << 20  # one longer than this ends the go: compressed, many fit into one read
 
 # Sweeps without a byte from the peer, of which there are `SWEEPS_PER_HEARTBEAT` in a heartbeat.
 SWEEPS_PER_HEARTBEAT: Final = 4
@@ -49,6 +52,8 @@ class Door(Protocol):
     shared_frames: SharedFrames
     deflater: Deflater
     shared_deflated_frames: SharedFrames
+    lagging: Lagging
+    addresses: Addresses
 
     def flush_soon(self, connection: "Connection") -> None: ...
 
@@ -62,6 +67,7 @@ class Connection(asyncio.Protocol):
     """Made after the handshake, for a transport that is to be given it as its protocol."""
 
     __slots__ = (
+        "_address",
         "_closing_timer",
         "_door",
         "_is_closing",
@@ -87,10 +93,12 @@ class Connection(asyncio.Protocol):
         accepts_chunks: bool,
         may_use_admin_key: bool,
         does_deflate: bool = False,
+        address: str | None = None,
     ) -> None:
         limits = door.limits
         self.is_due = False  # in the door's queue; changed by the door
         self._door, self._transport, self._may_use_admin_key = door, transport, may_use_admin_key
+        self._address = address  # whose counts it goes to (`addresses.py`); None: nobody's
         # None: the peer broke the rules, and what it sends is not looked at any more
         self._reader: frames.FrameReader | None = frames.FrameReader(
             limits.message_before_connect_size_bytes_max, inflates=does_deflate
@@ -113,7 +121,7 @@ class Connection(asyncio.Protocol):
             shared=door.shared_deflated_frames if does_deflate else door.shared_frames,
         )
         self.outgoing = Outgoing(
-            transport, self.session, limits, door.clock, deflater=door.deflater if does_deflate else None
+            transport, self.session, limits, door.lagging, deflater=door.deflater if does_deflate else None
         )
 
     def flush(self) -> None:
@@ -178,9 +186,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_closing = True
         self.session.close(protocol.CLOSE_NORMAL, "")
-        self.outgoing.stop_watching()
+        self.outgoing.end()
         if self._closing_timer is not None:
             self._closing_timer.cancel()
+        self._door.addresses.disconnect(self._address)
         self._door.gone(self)
 
     # -- in ------------------------------------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ class Connection(asyncio.Protocol):
                         self._connect(reader)
                 else:
                     self._take_control(*message)
-                room_count -= 1
+                room_count = 0 if len(message) > _BURST_LENGTH_MAX else room_count - 1
                 if not room_count or session.closing is not None or session.unverified is not None:
                     break
         except frames.BrokenRule as error:
@@ -249,13 +258,18 @@ class Connection(asyncio.Protocol):
             self._verifying = asyncio.ensure_future(self._verify(self.session.unverified))
 
     async def _verify(self, credential: Credential) -> None:
+        addresses, address = self._door.addresses, self._address
         try:
+            addresses.check_credential(address)
             if isinstance(credential, AdminKey) and not self._may_use_admin_key:
                 raise AuthenticationFailed("Admin keys are not accepted from pages of this origin.")
             verified = await self._door.backend.authenticate(credential)
             self.session.accept(verified)
         except AuthenticationFailed as error:
-            self.session.refuse(error)
+            addresses.credential_failed(address)
+            self.session.refuse(error)  # which closes: each connection has one try
+        except RateLimited:  # nothing is said of the credential: the client keeps it, and tries again later
+            self.session.close(protocol.CLOSE_TRY_AGAIN_LATER, "TooManyConcurrentRequests")
         except Exception:  # noqa: BLE001 - a door: one broken session harms nobody else
             self._give_up()
         self._verifying = None
@@ -273,7 +287,7 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self.outgoing.write_control(frames.CLOSE, closing.code.to_bytes(2) + closing.reason.encode())
-        self._closing_timer = self._door.clock.call_later(_CLOSE_SECONDS_MAX, self.abort)
+        self._closing_timer = self._door.clock.call_later(self._door.limits.close_seconds_max, self.abort)
         self._release()
         if self._reader is None:
             self._transport.write_eof()  # to close with something unread would take the close frame from the peer

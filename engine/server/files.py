@@ -137,6 +137,7 @@ def _headers_of(file: StoredFile) -> dict[str, str]:
         "Content-Type": content_type,
         "Content-Disposition": "inline" if _SHOWN_TYPE.fullmatch(content_type.lower()) else "attachment",  # 2
         "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",  # 1: what a document links to is not told the document's address
         "Cache-Control": f"private, max-age={_KEPT_SECONDS}, immutable",  # 3
         "ETag": f'"{file.sha256}"',
         "Accept-Ranges": "bytes",

@@ -49,9 +49,8 @@ _Body = TypeVar("_Body")
 BROKEN_BODY = (web.RequestPayloadError, ClientPayloadError, ConnectionError)  # what aiohttp raises while it is read
 
 _NO_ARGUMENTS = b"{}"
-_decode_arguments = msgspec.json.Decoder(list[Raw]).decode
 _CODE_BY_STATUS = {404: "NotFound", 405: "MethodNotAllowed", 408: "RequestTimeout", 413: "PayloadTooLarge"}
-_RETRYABLE_CODES = frozenset((Overloaded.code, StorageFull.code, EngineClosed.code))
+_RETRYABLE_BY_CODE = {kind.code: kind for kind in (Overloaded, StorageFull, EngineClosed)}
 
 
 class HttpResult(Result, Protocol):
@@ -247,7 +246,7 @@ class HttpDoor:
         """The JSON of the arguments object, which clients send bare (PyPI) or in an array (npm)."""
         text = bytes(args)
         if text.startswith(b"["):
-            text = protocol.unwrap_arguments(_decode_arguments(text))
+            text = protocol.unwrap_arguments(text)
         if len(text) > self._limits.arguments_size_bytes_max:
             raise LimitExceeded(
                 "bytes of arguments",
@@ -317,6 +316,8 @@ def error_response(error: BaseException) -> web.Response:
             return _error(503, error.code, str(error))
         case RequestError():
             return _error(400, error.code, str(error))
+        case ConnectionError():  # who asked is gone, and reads no answer
+            return _error(400, "BadRequest", "The connection broke.")
         case _:
             _log.error("a request failed", exc_info=error)
             return _error(500, "InternalServerError", "The server failed; its log says why.")
@@ -349,8 +350,8 @@ def _body_of(outcome: Result | MutationOutcome | ActionOutcome, *, is_lossy: boo
 
 def _raise_unless_of_function(failure: Failure) -> None:
     """Failures that are not the function's have a status of their own (1)."""
-    if failure.code in _RETRYABLE_CODES:
-        raise Overloaded(failure.message)
+    if failure.code in _RETRYABLE_BY_CODE:
+        raise _RETRYABLE_BY_CODE[failure.code](failure.message)
     if failure.code == InternalError.code:
         raise InternalError(failure.message)
 
@@ -362,7 +363,7 @@ def _is_lossy(name: str | None) -> bool:
         case "convex_encoded_json" | "convex_json":
             return False
         case _:
-            raise InvalidArgument(f"format: expected json or convex_encoded_json, got {name!r}")
+            raise InvalidArgument(f"format: expected json or convex_encoded_json, got {name[:40]!r}")
 
 
 def _in_format(payload: bytes, *, is_lossy: bool) -> bytes:

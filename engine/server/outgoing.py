@@ -1,7 +1,7 @@
 """The way out of one WebSocket: what its session has to say, as frames to its transport; back-pressure.
 
     at ease ──more than the high water unsent──> lagging ──a quarter of it left──> at ease
-                                                    └─ nothing of it left for 30 s: aborted
+                                                    └─ stuck, or all that lag hold too much: aborted (`lagging.py`)
 
 Invariants
   1. Frames leave in the order of the outbox, and all that is pending of one connection is one write.
@@ -14,19 +14,14 @@ compressed once only (`deflate.py`).
 """
 
 import asyncio
-import logging
-from functools import partial
 from typing import Final
 
-from engine.clock import Clock, TimerHandle
 from engine.limits import Limits
 from engine.server import frames
 from engine.server.deflate import Deflater
+from engine.server.lagging import Lagging
 from engine.sync.protocol import Frame
 from engine.sync.session import Session
-
-_log = logging.getLogger("engine.server")
-
 
 _COPY_SIZE_BYTES_MAX: Final = 64 << 10  # up to this it is cheaper to join pieces than to hand over each
 
@@ -39,25 +34,21 @@ def ready(frame: Frame) -> bytes:
 class Outgoing:
     """What one connection sends."""
 
-    __slots__ = ("_clock", "_deflater", "_limits", "_session", "_stuck_timer", "_transport")
+    __slots__ = ("_deflater", "_lagging", "_session", "_transport", "is_lagging")
 
     def __init__(
         self,
         transport: asyncio.Transport,
         session: Session,
         limits: Limits,
-        clock: Clock,
+        lagging: Lagging,
         *,
         deflater: Deflater | None = None,
     ) -> None:
-        self._transport, self._session, self._limits, self._clock = transport, session, limits, clock
+        self._transport, self._session, self._lagging = transport, session, lagging
         self._deflater = deflater  # of a client that takes compressed messages
-        self._stuck_timer: TimerHandle | None = None  # not None: the session lags
+        self.is_lagging = False
         transport.set_write_buffer_limits(high=limits.send_buffer_high_water_bytes)
-
-    @property
-    def is_lagging(self) -> bool:
-        return self._stuck_timer is not None
 
     def write(self) -> None:
         """Everything pending, in one write (1)."""
@@ -91,31 +82,21 @@ class Outgoing:
 
     def pause(self) -> None:
         """The transport holds more than the high water mark (2)."""
+        self.is_lagging = True
         self._session.set_lagging(True)
-        self._watch_for_progress(self._transport.get_write_buffer_size())
+        self._lagging.began(self._transport)
 
     def resume(self) -> None:
         """The peer has read enough."""
-        self.stop_watching()
+        self.end()
         if not self._transport.is_closing():
             self._session.set_lagging(False)
 
-    def stop_watching(self) -> None:
-        if self._stuck_timer is not None:
-            self._stuck_timer.cancel()
-            self._stuck_timer = None
-
-    def _watch_for_progress(self, unsent_size_bytes: int) -> None:
-        check = partial(self._check_progress, unsent_size_bytes)
-        self._stuck_timer = self._clock.call_later(self._limits.send_stuck_seconds_max, check)
-
-    def _check_progress(self, unsent_size_bytes: int) -> None:
-        left_size_bytes = self._transport.get_write_buffer_size()
-        if left_size_bytes >= unsent_size_bytes:
-            _log.info("session %s: nothing was read from it for long: aborted", self._session.session_id)
-            self._transport.abort()
-        else:
-            self._watch_for_progress(left_size_bytes)
+    def end(self) -> None:
+        """The transport is gone, or lags no more."""
+        if self.is_lagging:
+            self.is_lagging = False
+            self._lagging.ended(self._transport)
 
 
 _SHORT_TEXT_HEADERS: Final = [frames.header(frames.TEXT, size_bytes) for size_bytes in range(126)]

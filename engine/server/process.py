@@ -33,7 +33,8 @@ from engine.observe.log import log_events
 from engine.observe.profile import profile_text, recording
 from engine.server.app import serving
 from engine.server.development import Routes
-from engine.storage.connections import lock_holder, sqlite_warning
+from engine.storage.connections import sqlite_warning
+from engine.storage.lock import lock_holder
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ async def serving_process(
     providers: Sequence[AuthProvider] = (),
     extra_routes: Routes = (),
     events: Events | None = None,
+    repeats_queries: bool = False,
 ) -> AsyncIterator[tuple[Engine, str]]:
     """The engine and the address where it serves; stops gracefully on the way out.
 
@@ -70,6 +72,7 @@ async def serving_process(
             events=events,
             providers=tuple(providers),
             admin_key_digests=(digest_of(key),),
+            repeats_queries=repeats_queries,
         ) as engine,
         AsyncExitStack() as stack,
     ):

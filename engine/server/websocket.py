@@ -23,14 +23,15 @@ from engine.clock import Clock
 from engine.errors import Overloaded
 from engine.limits import Limits
 from engine.server import deflate
+from engine.server.addresses import Addresses
 from engine.server.connection import SWEEPS_PER_HEARTBEAT, Connection
+from engine.server.lagging import Lagging
 from engine.server.origins import Origins
 from engine.server.outgoing import ready
 from engine.sync import protocol
 from engine.sync.backend import Backend
 from engine.sync.shared_frames import SharedFrames
 
-_SOCKET_SEND_BUFFER_BYTES: Final = 256 << 10  # the kernel would take 4 MB for a client that has stopped reading
 _TURN_COUNT_MAX: Final = 256  # sessions flushed in one go before sockets are read again
 _ACCEPT_SALT: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 _KEY_SIZE: Final = 16
@@ -40,13 +41,19 @@ class WebSocketDoor:
     """All connections of one server."""
 
     def __init__(
-        self, backend: Backend, limits: Limits, clock: Clock, origins: Origins, *, connection_count_max: int
+        self,
+        backend: Backend,
+        limits: Limits,
+        clock: Clock,
+        origins: Origins,
+        lagging: Lagging,
+        addresses: Addresses,
     ) -> None:
         self.backend, self.limits, self.clock, self.origins = backend, limits, clock, origins
+        self.lagging, self.addresses = lagging, addresses
         self.shared_frames = SharedFrames(ready, clock)
         self.deflater = deflate.Deflater(ready, limits)
         self.shared_deflated_frames = SharedFrames(self.deflater.ready, clock)
-        self._connection_count_max = connection_count_max
         self._connections: set[Connection] = set()
         self._unconnected: dict[Connection, None] = {}  # those with no Connect yet, oldest first
         self._due: deque[Connection] = deque()  # to be flushed; each is in it at most once (`is_due`)
@@ -57,12 +64,18 @@ class WebSocketDoor:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer a handshake; the connection goes on by itself."""
-        if self._is_closing or len(self._connections) >= self._connection_count_max:
-            raise Overloaded(f"connections: {len(self._connections):,}, {self._connection_count_max:,} allowed.")
+        if self._is_closing or len(self._connections) >= self.limits.connection_count_max:
+            raise Overloaded(
+                f"connections: {len(self._connections):,}, {self.limits.connection_count_max:,} allowed. "
+                "Try again, or raise limits.connection_count_max."
+            )
         does_deflate = deflate.is_offered(request.headers.getall("Sec-WebSocket-Extensions", ()))
         answer = _accepting(request, deflate.ACCEPTED if does_deflate else None)
-        transport, unread = _taken_from_aiohttp(request)
+        address = self.addresses.name_of(request)
+        self.addresses.connect(address)
+        transport, unread = _taken_from_aiohttp(request, self.limits.socket_send_buffer_size_bytes)
         if transport is None:
+            self.addresses.disconnect(address)
             return _Nothing()
         connection = Connection(
             self,
@@ -72,6 +85,7 @@ class WebSocketDoor:
             ),
             may_use_admin_key=self.origins.may_use_admin_key(request),
             does_deflate=does_deflate,
+            address=address,
         )
         self._connections.add(connection)
         self._unconnected[connection] = None
@@ -203,7 +217,7 @@ def _accepting(request: web.Request, extension: str | None) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def _taken_from_aiohttp(request: web.Request) -> tuple[asyncio.Transport | None, bytes]:
+def _taken_from_aiohttp(request: web.Request, send_buffer_size_bytes: int) -> tuple[asyncio.Transport | None, bytes]:
     """The transport, None if it is gone, and what was read behind the request; aiohttp knows the connection no more."""
     http, transport, unread = request.protocol, request.transport, _Unread()
     http.set_parser(cast(Any, unread))
@@ -212,5 +226,5 @@ def _taken_from_aiohttp(request: web.Request) -> tuple[asyncio.Transport | None,
     if transport is not None:
         kernel_socket = transport.get_extra_info("socket")
         if kernel_socket is not None:
-            kernel_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_SEND_BUFFER_BYTES)
+            kernel_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_size_bytes)
     return transport, unread.data

@@ -1,36 +1,44 @@
-"""Opening a database: its lock, its one writer, and readers pinned to a snapshot.
+"""Opening a database: its one writer, and readers pinned to a snapshot.
 
 Invariants
-  1. One process serves a database: it holds an exclusive `flock` on `DATABASE.lock` from open to close.
+  1. One process serves a database: it holds its lock (`lock.py`) from open to close.
   2. One connection writes; every other one is `mode=ro`. Only the writer checkpoints, and never during a commit: two
      checkpoints that meet can corrupt the file in SQLite before 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug").
   3. A pinned reader sees one commit timestamp, whatever is committed meanwhile.
   4. No `sqlite3.Error` leaves this package: `translated` makes it ours, in one place. (A broken constraint goes on to
-     `rows.py`, which knows its name.)
+     `rows.py`, which knows its name.) Nor does an `OSError` of opening a database.
 
 The caller decides when to commit, to pin and to checkpoint (`transaction/committer.py`).
 """
 
 import contextlib
-import fcntl
 import os
 import sqlite3
-import struct
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import msgspec
+from typing import Any, Literal, NoReturn
 
 from engine.clock import SystemClock
-from engine.errors import CommitUnknown, ConfigError, EngineError, InternalError, Overloaded, StorageFull
+from engine.errors import (
+    CommitUnknown,
+    ConfigError,
+    EngineError,
+    InternalError,
+    Overloaded,
+    StorageFailed,
+    StorageFull,
+)
 from engine.limits import Limits
 from engine.ranges import Scalar
+from engine.storage.disk import free_size_bytes, make_directory, os_errors_translated, sync_directory
+from engine.storage.lock import DatabaseLock, LockHolder
+from engine.storage.wal import FRAME_HEADER_SIZE_BYTES, WalIndex, check_wal
 
 TEMPORARY = ":memory:"  # as a path: a file in a temporary directory, gone when it is closed
-FORMAT_VERSION = 2  # of the file; raised when an older engine could no longer read it, or keep what is in it
+FORMAT_VERSION = 3  # of the file; raised when an older engine could no longer read it, or keep what is in it
 
 Row = tuple[Any, ...]
 
@@ -38,10 +46,7 @@ _SQLITE_VERSION_SAFE = (3, 51, 3)  # invariant 2 is all that stands between olde
 _BUSY_SECONDS_MAX = 5.0  # how long a foreign writer (an SQL shell) may keep us waiting
 _CACHED_STATEMENT_COUNT = 512
 _CACHE_SIZE_KIB = 16 << 10  # pages that each connection keeps
-_WAL_CHECKPOINTS_KEPT = 16  # a WAL file that grew past this many checkpoints' worth shrinks when it starts anew
-_WAL_FRAME_HEADER_SIZE_BYTES = 24
-_WAL_INDEX_HEAD = struct.Struct("=I12xI76xI")  # version, frames, frames checkpointed: sqlite.org/walformat.html, 2.1
-_WAL_INDEX_VERSION = 3007000
+DAMAGED_REMEDY = "restore a backup; `PRAGMA integrity_check` in an SQL shell says more."
 
 _META = """
 CREATE TABLE "_engine_meta" (
@@ -51,9 +56,11 @@ CREATE TABLE "_engine_meta" (
     "tick" INTEGER NOT NULL,
     "schema_json" TEXT NOT NULL,
     "secret" BLOB NOT NULL,
-    "ledger_row_count" INTEGER  -- counting them takes time that grows with them; NULL: an older engine made the file
+    "ledger_row_count" INTEGER,  -- counting them takes time that grows with them
+    "checksum" INTEGER  -- of what is above
 ) STRICT
 """
+_ADDED_TO_META = ("ledger_row_count", "checksum")  # NULL in a file of an older engine, until the next commit
 
 
 def translated(error: sqlite3.Error) -> EngineError:
@@ -64,6 +71,11 @@ def translated(error: sqlite3.Error) -> EngineError:
         return StorageFull("The disk is full: nothing was written. Try again when there is room.")
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return Overloaded(f"Another program has locked the database for {_BUSY_SECONDS_MAX:g} s. Try again.")
+    if primary in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        return StorageFailed(f"The disk of the database failed: {error} ({name}). The system's log may say more.")
+    # CORRUPT is also what a read is that fails with EIO; damaged text has no code
+    if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "Could not decode to UTF-8" in str(error):
+        return StorageFailed(f"{error} ({name}). If it stays so after a restart, {DAMAGED_REMEDY}")
     return InternalError(f"SQLite: {error} ({name})")
 
 
@@ -125,12 +137,15 @@ class WriterConnection(Connection):
     """The only connection that writes. Not for two threads at a time: COMMIT and checkpoints run on their own thread
     while nobody else touches the writer."""
 
-    def __init__(self, connection: sqlite3.Connection, wal_index: "_WalIndex") -> None:
+    def __init__(self, connection: sqlite3.Connection, wal_index: WalIndex, directory: Path | None = None) -> None:
+        """`directory`: on whose disk room is looked for; None: for a database that goes away nobody does."""
         super().__init__(connection)
-        self._wal_index = wal_index
+        self._wal_index, self._directory = wal_index, directory
         ((page_size_bytes,),) = self.fetch_all("PRAGMA page_size")
-        self._frame_size_bytes = int(page_size_bytes) + _WAL_FRAME_HEADER_SIZE_BYTES
+        self._page_size_bytes = int(page_size_bytes)
+        self._frame_size_bytes = self._page_size_bytes + FRAME_HEADER_SIZE_BYTES
         self._data_version = self._read_data_version()
+        self._fixed_checksum: int | None = None  # None: not known, or not any more
 
     # -- transactions
 
@@ -189,9 +204,34 @@ class WriterConnection(Connection):
         return None if count is None else int(count)
 
     def write_meta(self, ts: int, tick: int, ledger_row_count: int) -> None:
+        if self._fixed_checksum is None:
+            self._fixed_checksum = self._read_fixed_checksum()
         self.execute(
-            'UPDATE "_engine_meta" SET "ts" = ?, "tick" = ?, "ledger_row_count" = ?', (ts, tick, ledger_row_count)
+            'UPDATE "_engine_meta" SET "ts" = ?, "tick" = ?, "ledger_row_count" = ?, "checksum" = ?',
+            (ts, tick, ledger_row_count, _checksum_of((ts, tick, ledger_row_count), self._fixed_checksum)),
         )
+
+    def write_schema(self, schema_json: str) -> None:
+        """What the tables are now, for the next start; in the transaction that is open."""
+        # an older engine would write rows without what this one has made of them
+        self.execute(
+            'UPDATE "_engine_meta" SET "schema_json" = ?, "format_version" = ?, "checksum" = NULL',
+            (schema_json, FORMAT_VERSION),
+        )
+        self._fixed_checksum = None
+
+    def check_meta(self) -> None:
+        """Raises StorageFailed if the row is not as it was written."""
+        ((*varying, checksum),) = self.fetch_all(
+            'SELECT "ts", "tick", "ledger_row_count", "checksum" FROM "_engine_meta"'
+        )
+        if checksum not in (None, _checksum_of(tuple(varying), self._read_fixed_checksum())):
+            raise StorageFailed(f"the row that describes the database is damaged: {DAMAGED_REMEDY}")
+
+    def _read_fixed_checksum(self) -> int:
+        """Of what commits leave as it is."""
+        (fixed,) = self.fetch_all('SELECT "format_version", "schema_json", "secret" FROM "_engine_meta"')
+        return _checksum_of(fixed, 0)
 
     def foreign_commit_seen(self) -> bool:
         """Whether somebody else has written to the file since it was opened."""
@@ -201,12 +241,22 @@ class WriterConnection(Connection):
         ((version,),) = self.fetch_all("PRAGMA data_version")
         return int(version)
 
+    def room_size_bytes(self) -> int | None:
+        """How much more there can be: what the disk has free, and pages of the file that hold nothing any more."""
+        if self._directory is None:
+            return None
+        ((free_page_count,),) = self.fetch_all("PRAGMA freelist_count")
+        return free_size_bytes(self._directory) + int(free_page_count) * self._page_size_bytes
+
     # -- the WAL
 
     def wal_size_bytes(self) -> int:
         """What the WAL holds and the next write adds to; 0 when all of it is checkpointed. (The file keeps its size
         when it starts anew, so its size says nothing.)"""
         return self._wal_index.read_frame_count() * self._frame_size_bytes
+
+    def wal_file_size_bytes(self) -> int:
+        return self._wal_index.wal_path.stat().st_size
 
     def checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"] = "PASSIVE") -> tuple[int, int]:
         """Copy the WAL into the database file: (frames in it, frames copied so far).
@@ -218,31 +268,10 @@ class WriterConnection(Connection):
         return frame_count, copied_count
 
 
-class _WalIndex:
-    """The index of the WAL that the connections of an open database share, seen from outside."""
-
-    def __init__(self, database_path: Path) -> None:
-        self._index_path = f"{database_path}-shm"
-        self._index_file = -1  # open from `open` to `close`
-
-    def open(self) -> None:
-        self._index_file = os.open(self._index_path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read_frame_count(self) -> int:
-        """Frames before the place where the next write goes; 0 when all are checkpointed and it starts anew."""
-        head = os.pread(self._index_file, _WAL_INDEX_HEAD.size, 0)
-        version, frame_count, frame_count_checkpointed = _WAL_INDEX_HEAD.unpack(head)
-        assert version in (0, _WAL_INDEX_VERSION), f"unknown WAL index {version}"  # 0: nothing was written yet
-        return 0 if frame_count == frame_count_checkpointed else int(frame_count)
-
-    def close(self) -> None:
-        """Only when no connection is left: closing a file drops all locks that this process has on it (POSIX)."""
-        if self._index_file >= 0:
-            os.close(self._index_file)
-
-
 class SnapshotReader(Connection):
     """A read-only connection that shows one commit timestamp from `pin` to `unpin` (invariant 3)."""
+
+    is_cut = False  # set by `cut`
 
     def pin(self) -> int:
         """Hold the newest snapshot; gives its commit timestamp."""
@@ -256,76 +285,22 @@ class SnapshotReader(Connection):
         if self.in_transaction:
             self.execute("ROLLBACK")
 
+    def cut(self, error: EngineError) -> None:
+        """Take the snapshot away from whoever reads it: this is the answer to all that it still asks."""
 
-class LockHolder(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Who serves a database, as `DATABASE.lock` says."""
+        def refuse(*_: Any) -> NoReturn:
+            raise error
 
-    pid: int | None = None  # None: it has only just started
-    address: str | None = None  # where it serves; None while it does not
-    key: str | None = None  # what its administration asks for
-
-
-def lock_holder(path: str | Path) -> LockHolder | None:
-    """The process that serves this database now, if one does."""
-    try:
-        file = os.open(_lock_path(Path(path)), os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        content = os.pread(file, 1 << 16, 0)
-        if not content:
-            return None  # closed in good order
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _parse_holder(content)
-        return None  # it has died: the lock went with it
-    finally:
-        os.close(file)
-
-
-def _lock_path(path: Path) -> Path:
-    return Path(f"{path.resolve()}.lock")
-
-
-def _parse_holder(content: bytes) -> LockHolder:
-    try:
-        return msgspec.json.decode(content, type=LockHolder)
-    except msgspec.DecodeError:
-        return LockHolder()
-
-
-class _DatabaseLock:
-    """The exclusive hold on `DATABASE.lock` (invariant 1). The file stays; its content goes on close."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _parse_holder(os.pread(self._file, 1 << 16, 0))
-            os.close(self._file)
-            raise ConfigError(
-                f"{path} is in use by process {holder.pid or '(starting)'}"
-                f"{f' at {holder.address}' if holder.address else ''}. Stop that process, or use another database."
-            ) from None
-        self.write(LockHolder(pid=os.getpid()))
-
-    def write(self, holder: LockHolder | None) -> None:
-        os.ftruncate(self._file, 0)
-        if holder is not None:
-            os.pwrite(self._file, msgspec.json.encode(holder), 0)
-
-    def release(self) -> None:
-        self.write(None)
-        os.close(self._file)
+        self.unpin()
+        self.is_cut = True
+        self._execute = refuse
 
 
 class Database:
     """One open database: its lock, its writer, and the readers that were opened."""
 
     def __init__(
-        self, path: Path, writer: WriterConnection, lock: _DatabaseLock, resources: contextlib.ExitStack
+        self, path: Path, writer: WriterConnection, lock: DatabaseLock, resources: contextlib.ExitStack
     ) -> None:
         self.path, self.writer = path, writer
         self._lock = lock
@@ -343,27 +318,32 @@ class Database:
             if is_temporary:
                 path = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="engine-")), "engine.db")
             path = Path(path).resolve()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _DatabaseLock(path)
-            resources.callback(lock.release)
-            _make_file(path)
-            wal_index = _WalIndex(path)
+            with os_errors_translated(f"opening {path}"):
+                make_directory(path.parent)
+                lock = DatabaseLock(path)
+                resources.callback(lock.release)
+                _make_file(path)
+            wal_index = WalIndex(path)
             resources.callback(wal_index.close)
             try:
+                _check_wal_left(path, wal_index)
                 connection = _connect(path, "rw")
                 resources.callback(connection.close)
                 is_new = _check_format(connection, path)
-                _configure_writer(connection, path, limits, is_temporary=is_temporary)
+                _configure_writer(connection, path, is_temporary=is_temporary)
                 if is_new:
                     _make_meta(connection, (entropy or SystemClock().entropy)(32))
-                elif not _has_ledger_row_count(connection):
-                    connection.execute('ALTER TABLE "_engine_meta" ADD COLUMN "ledger_row_count" INTEGER')
+                else:
+                    _add_to_meta(connection)
             except sqlite3.Error as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_NOTADB:
                     raise ConfigError(f"{path} is not an SQLite database. Use another path.") from error
                 raise translated(error) from error
-            wal_index.open()
-            return cls(path, WriterConnection(connection, wal_index), lock, resources.pop_all())
+            with os_errors_translated(f"opening the WAL index of {path}"):
+                wal_index.open()
+            writer = WriterConnection(connection, wal_index, None if is_temporary else path.parent)
+            writer.check_meta()
+            return cls(path, writer, lock, resources.pop_all())
 
     def open_reader(self) -> SnapshotReader:
         """One more read-only connection, not pinned yet; closed with the database at the latest."""
@@ -383,6 +363,11 @@ class Database:
         """Say in `DATABASE.lock` where this process serves, for the commands that act through it."""
         self._lock.write(LockHolder(pid=os.getpid(), address=address, key=key))
 
+    def close_reader(self, reader: SnapshotReader) -> None:
+        """One that is not needed any more."""
+        self._readers.remove(reader)
+        reader.close()
+
     def close(self) -> None:
         """Close every connection and let go of the lock; an open transaction is rolled back."""
         for reader in self._readers:
@@ -393,19 +378,10 @@ class Database:
 
 def _make_file(path: Path) -> None:
     """Make the file before SQLite does: only its owner may read it, and its name is on disk."""
-    if path.exists():
-        return
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """The names in a directory are on disk when this returns."""
-    directory = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    # also of what is there: a process that was killed may have made it, and not come as far as this
+    for directory in (path.parent, path.parent.parent):
+        sync_directory(directory)
 
 
 def _connect(path: Path, mode: Literal["rw", "ro"]) -> sqlite3.Connection:
@@ -431,6 +407,18 @@ def _connect(path: Path, mode: Literal["rw", "ro"]) -> sqlite3.Connection:
     return connection
 
 
+def _check_wal_left(path: Path, wal_index: WalIndex) -> None:
+    """Refuse a WAL that has lost commits, before a writer takes it in."""
+    # a rollback journal is there only if a crash came while the file was made: it has no commits yet
+    has_journal = Path(f"{path}-journal").exists()
+    if has_journal or not wal_index.wal_path.exists() or not path.stat().st_size:
+        return
+    with contextlib.closing(_connect(path, "ro")) as connection:  # it makes the index, and leaves the WAL as it is
+        connection.execute("SELECT 1 FROM sqlite_master").fetchall()
+        with os_errors_translated(f"reading {wal_index.wal_path}"):
+            check_wal(wal_index.wal_path, wal_index.read_frame_count_taken(), DAMAGED_REMEDY)
+
+
 def _check_format(connection: sqlite3.Connection, path: Path) -> bool:
     """Whether the database is new; refuse one that is not ours, before anything is written to it."""
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -444,21 +432,39 @@ def _check_format(connection: sqlite3.Connection, path: Path) -> bool:
     return False
 
 
-def _configure_writer(connection: sqlite3.Connection, path: Path, limits: Limits, *, is_temporary: bool) -> None:
+def _configure_writer(connection: sqlite3.Connection, path: Path, *, is_temporary: bool) -> None:
     ((journal_mode,),) = connection.execute("PRAGMA journal_mode = WAL").fetchall()
     if journal_mode != "wal":
         raise ConfigError(f"{path}: SQLite cannot keep a WAL here (journal mode {journal_mode!r}). Use a local disk.")
     connection.execute(f"PRAGMA synchronous = {'OFF' if is_temporary else 'FULL'}")
-    connection.execute(f"PRAGMA journal_size_limit = {_WAL_CHECKPOINTS_KEPT * limits.wal_checkpoint_size_bytes}")
+    connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone leaves it in the drive's cache
+    connection.execute("PRAGMA checkpoint_fullfsync = ON")
+    try:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # `wal.py`, invariant 1
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL:  # on a full disk queries are served all the same
+            raise
 
 
 def _make_meta(connection: sqlite3.Connection, secret: bytes) -> None:
     connection.execute("BEGIN IMMEDIATE")
     connection.execute(_META)
-    connection.execute("""INSERT INTO "_engine_meta" VALUES (1, ?, 0, 0, '{}', ?, 0)""", (FORMAT_VERSION, secret))
+    connection.execute("""INSERT INTO "_engine_meta" VALUES (1, ?, 0, 0, '{}', ?, 0, NULL)""", (FORMAT_VERSION, secret))
     connection.execute("COMMIT")
 
 
-def _has_ledger_row_count(connection: sqlite3.Connection) -> bool:
-    columns = connection.execute("SELECT name FROM pragma_table_info('_engine_meta')").fetchall()
-    return ("ledger_row_count",) in columns
+def _add_to_meta(connection: sqlite3.Connection) -> None:
+    """What the file of an older engine lacks."""
+    present = connection.execute("SELECT name FROM pragma_table_info('_engine_meta')").fetchall()
+    missing = [column for column in _ADDED_TO_META if (column,) not in present]
+    if missing:
+        connection.execute("BEGIN IMMEDIATE")
+        for column in missing:
+            connection.execute(f'ALTER TABLE "_engine_meta" ADD COLUMN "{column}" INTEGER')
+        # an older engine would not keep what is in them
+        connection.execute('UPDATE "_engine_meta" SET "format_version" = ?', (FORMAT_VERSION,))
+        connection.execute("COMMIT")
+
+
+def _checksum_of(values: Row, start: int) -> int:
+    return zlib.crc32(repr(values).encode(), start)

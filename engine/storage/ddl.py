@@ -29,7 +29,7 @@ from engine.ids import TICKS_PER_MS, tick_of
 from engine.ranges import BY_CREATION_TIME, Scalar
 from engine.schema import Field, ForeignKey, IndexSchema, Schema, TableSchema
 from engine.storage import search, shadows
-from engine.storage.connections import FORMAT_VERSION, Row, WriterConnection
+from engine.storage.connections import Row, WriterConnection
 from engine.storage.rows import TICK, deleted_sql, live_sql, quoted
 from engine.storage.scans import deleted_index_sql_name, index_sql_name
 from engine.storage.shadows import ShadowDescription
@@ -102,8 +102,7 @@ def apply_schema(writer: WriterConnection, schema: Schema) -> list[str]:
             done += _change_foreign_keys(writer, table, schema, present, wanted[name].foreign_keys)
             done += _change_derived(writer, table, stored.get(name), wanted[name])
         text = msgspec.json.encode(described).decode()
-        # an older engine would write rows without what this one has made of them
-        writer.execute('UPDATE "_engine_meta" SET "schema_json" = ?, "format_version" = ?', (text, FORMAT_VERSION))
+        writer.write_schema(text)
     except BaseException:
         writer.rollback()
         raise

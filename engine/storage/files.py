@@ -15,19 +15,18 @@ import errno
 import hashlib
 import os
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from engine.errors import StorageFull
-from engine.storage.connections import sync_directory
+from engine.storage.disk import free_size_bytes, make_directory, os_errors_translated, sync_directory
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _INCOMING = "incoming"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_making_directories = threading.Lock()
+_DIRECTORY_MODE = 0o700
 
 
 class OpenedFile(Protocol):
@@ -68,7 +67,7 @@ class DiskFileStore:
     def put(self, name: str, source: Path) -> None:
         path = self._path(name)
         with _full_disk_told():
-            _make_directory(path.parent)
+            make_directory(path.parent, _DIRECTORY_MODE)
             source.rename(path)
             sync_directory(path.parent)
 
@@ -94,18 +93,24 @@ class DiskFileStore:
 class Staging:
     """Files on their way in."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory / _INCOMING
+    def __init__(self, directory: Path, free_size_bytes_min: int = 0) -> None:
+        """`free_size_bytes_min`: what the disk has to have left for a file to be taken in."""
+        self._directory, self._free_size_bytes_min = directory / _INCOMING, free_size_bytes_min
 
     def begin(self, name: str) -> "StagedFile":
         assert _NAME.fullmatch(name), f"invariant 1: {name!r}"
         with _full_disk_told():
-            _make_directory(self._directory)
+            make_directory(self._directory, _DIRECTORY_MODE)
+            if free_size_bytes(self._directory) < self._free_size_bytes_min:
+                raise StorageFull(
+                    f"The disk has less than {self._free_size_bytes_min:,} bytes left: no file is taken in. "
+                    "Try again when there is room, or lower limits.free_size_bytes_min."
+                )
             return StagedFile(self._directory / name)
 
     def clear(self) -> None:
         """Remove what an earlier process has left."""
-        with suppress(FileNotFoundError):
+        with os_errors_translated(f"clearing {self._directory}"), suppress(FileNotFoundError):
             for path in self._directory.iterdir():
                 path.unlink()
 
@@ -138,17 +143,6 @@ class StagedFile:
         with suppress(OSError):  # what was not written because the disk is full
             self._file.close()
         self.path.unlink(missing_ok=True)
-
-
-def _make_directory(path: Path) -> None:
-    """Make a directory and those above it, for this user only, their names on disk."""
-    with _making_directories:  # one that is found here is on disk too
-        missing = [path] if not path.is_dir() else []
-        while missing and not missing[-1].parent.is_dir():
-            missing.append(missing[-1].parent)
-        for directory in reversed(missing):
-            directory.mkdir(mode=0o700)
-            sync_directory(directory.parent)
 
 
 @contextmanager

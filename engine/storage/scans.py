@@ -271,6 +271,12 @@ def _ids_sql(table: str, index: IndexSchema, shape: _Shape) -> str:
     return f"{_select_sql(quoted('id'), table, index, shape)} LIMIT ?"
 
 
+def forget_scan_statements() -> None:
+    """Those of a schema that is gone, which they would keep."""
+    for made in (_fetch_sql, _under_sql, _count_sql, _ids_sql):
+        made.cache_clear()
+
+
 def _select_sql(columns_sql: str, table: str, index: IndexSchema, shape: _Shape) -> str:
     columns = index.columns
     tests = [

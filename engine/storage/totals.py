@@ -115,6 +115,11 @@ def _statements(table: str, aggregate: AggregateSchema) -> _Statements:
     )
 
 
+def forget_total_statements() -> None:
+    """Those of a schema that is gone, which they would keep."""
+    _statements.cache_clear()
+
+
 def _columns(aggregate: AggregateSchema) -> list[str]:
     return ["count", *(f"sum_{field}" for field in aggregate.sums)]
 

@@ -41,6 +41,10 @@ _CHUNKS_SINCE_NPM = (1, 28, 0)
 # Past this a message that msgspec refused is not looked at again: the worst JSON of this length takes 45 ms.
 _SECOND_LOOK_LENGTH_MAX = 512 << 10
 
+MODIFICATION_COUNT_MAX = 20_000  # of one message, which takes 40 ms; more than a session may ask and give up
+_ATTRIBUTES_SIZE_BYTES_MAX = 16 << 10  # as in the header of a request
+_NULL = Raw(b"null")
+
 UnsignedInt = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")]
 
@@ -60,15 +64,25 @@ class Connect(ClientMessage, frozen=True):
     client_ts: int | float | None = None  # ms; clients send 0 and times that are hours off
 
 
-class AddQuery(ClientMessage, tag="Add", frozen=True):
+class _Modification(ClientMessage, frozen=True):
+    """Counted while a message is decoded: one that has too many is given up before it holds the loop."""
+
+    def __post_init__(self) -> None:
+        global _modification_count
+        _modification_count += 1
+        if _modification_count > MODIFICATION_COUNT_MAX:
+            raise ValueError(f"more than {MODIFICATION_COUNT_MAX:,} modifications")
+
+
+class AddQuery(_Modification, tag="Add", frozen=True):
     query_id: UnsignedInt
     udf_path: str
-    args: list[Raw]
+    args: Raw
     journal: str | None = None
     component_path: str | None = None
 
 
-class RemoveQuery(ClientMessage, tag="Remove", frozen=True):
+class RemoveQuery(_Modification, tag="Remove", frozen=True):
     query_id: UnsignedInt
 
 
@@ -81,14 +95,14 @@ class ModifyQuerySet(ClientMessage, frozen=True):
 class Mutation(ClientMessage, frozen=True):
     request_id: UnsignedInt
     udf_path: str
-    args: list[Raw]
+    args: Raw
     component_path: str | None = None
 
 
 class Action(ClientMessage, frozen=True):
     request_id: UnsignedInt
     udf_path: str
-    args: list[Raw]
+    args: Raw
     component_path: str | None = None
 
 
@@ -96,8 +110,8 @@ class Authenticate(ClientMessage, frozen=True):
     base_version: UnsignedInt
     token_type: Literal["User", "Admin", "None"]
     value: str | None = None
-    impersonating: dict[str, Any] | None = None
-    acting_as: dict[str, Any] | None = msgspec.field(name="acting_as", default=None)  # as the Rust family spells it
+    impersonating: Raw = _NULL
+    acting_as: Raw = msgspec.field(name="acting_as", default=_NULL)  # as the Rust family spells it
 
 
 class Event(ClientMessage, frozen=True):
@@ -106,27 +120,46 @@ class Event(ClientMessage, frozen=True):
 
 Message = Connect | ModifyQuerySet | Mutation | Action | Authenticate | Event
 
+_VALUE = re.compile(r"value (['\"]).*\1", re.DOTALL)  # as `repr` writes it
 _decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+_decode_one = msgspec.json.Decoder(tuple[Raw]).decode  # ends at the second element, however many there are
+_decode_attributes = msgspec.json.Decoder(dict[str, Any] | None).decode
+_modification_count = 0  # of the message that is being decoded
 
 
 def decode_message(text: str | bytes) -> Message:
     """Raises `InvalidArgument` for what no official client sends."""
+    global _modification_count
+    _modification_count = 0
     try:
         return _decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message = _decode_around_arguments(text)
         if message is None:
-            raise InvalidArgument(f"not a message of the sync protocol: {error}") from error
+            # a value that it quotes may be anything, a credential too, and as long as a message
+            raise InvalidArgument(f"not a message of the sync protocol: {_VALUE.sub('value', str(error))}") from error
         return message
 
 
-def unwrap_arguments(args: Sequence[Raw]) -> bytes:
-    """The JSON of the one object that `args` holds; raises `InvalidArgument`."""
-    if len(args) != 1:
+def unwrap_arguments(args: Raw | bytes) -> bytes:
+    """The JSON of the one object that the array `args` holds; raises `InvalidArgument`."""
+    try:
+        return bytes(_decode_one(args)[0])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArgument(
             "arguments: expected one object of valid JSON values. (A string with half of a surrogate pair is not one.)"
-        )
-    return bytes(args[0])
+        ) from error
+
+
+def attributes_of(message: Authenticate) -> dict[str, Any] | None:
+    """Those of the user that an admin acts as; raises `InvalidArgument`."""
+    raw = message.acting_as if bytes(message.impersonating) == b"null" else message.impersonating
+    if len(bytes(raw)) > _ATTRIBUTES_SIZE_BYTES_MAX:
+        raise InvalidArgument(f"impersonating: more than {_ATTRIBUTES_SIZE_BYTES_MAX:,} bytes")
+    try:
+        return _decode_attributes(raw) or None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidArgument("impersonating: expected the attributes of a user") from error
 
 
 def _decode_around_arguments(text: str | bytes) -> Message | None:

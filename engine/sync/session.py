@@ -18,29 +18,24 @@ Invariants
   4. The first Transition answers every query of the client's first query set. Only successes go before it.
   5. After `closing` is set, nothing is taken in and nothing goes out.
   6. A frame goes out past the outbox only in step: the client has all that was said, and nothing waits to be said.
-  7. What waits here is bounded: past `mutation_queue_count_max` reading pauses, and while the client lags no
-     Transition is made and no request starts.
+  7. What waits here is bounded: past `mutation_queue_count_max` reading pauses, as it does after more new queries than
+     the client may ask at once, and while the client lags no Transition is made and no request starts.
 
-The results are the backend's (`live`); what goes over the wire is made in `protocol`, and `shared_frames` for those in
-step. It is one class because each invariant ties all of its parts together: what is said depends on all that waits.
+The results are the backend's (`live`); what the client asks is in its `query_set`; what goes over the wire is made in
+`protocol`, and `shared_frames` for those in step. The rest is one class because each invariant ties all of its parts
+together: what is said depends on all that waits.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import assert_never
 
 import msgspec
 
+from engine import faults
 from engine.clock import Clock, TimerHandle
-from engine.errors import (
-    AuthenticationFailed,
-    FunctionNotFound,
-    InternalError,
-    InvalidArgument,
-    LimitExceeded,
-    RequestError,
-)
+from engine.errors import AuthenticationFailed, InternalError, InvalidArgument, RequestError
 from engine.identity import Identity
 from engine.limits import Limits
 from engine.sync import protocol
@@ -54,7 +49,9 @@ from engine.sync.backend import (
     UserToken,
     Verified,
 )
-from engine.sync.protocol import Frame, Modification, Result, StateVersion
+from engine.sync.protocol import Frame, Result, StateVersion
+from engine.sync.query_set import QuerySet
+from engine.sync.refusals import Close, arguments_of, refusal_of
 from engine.sync.shared_frames import SharedFrames
 
 _log = logging.getLogger("engine.sync")
@@ -68,21 +65,6 @@ _CLOCK_SKEW_MS_MAX = 2**53  # past it a client's clock says nothing
 _REQUEST_ID_LENGTH_MAX = 10  # digits of a u32
 
 _INTERNAL_SERVER_ERROR = "InternalServerError"  # official clients know this close reason: they come back soon
-
-
-class Close(msgspec.Struct, frozen=True):
-    """The door is to close the connection once the outbox is written."""
-
-    code: int
-    reason: str  # at most 123 bytes; official clients log it unless it is empty
-
-
-class _Refusal(msgspec.Struct, frozen=True):
-    """A failure of a request that the session itself refuses."""
-
-    code: str
-    message: str
-    data: bytes | None = None
 
 
 class _Request(msgspec.Struct, frozen=True, eq=False):
@@ -136,13 +118,10 @@ class Session:
         "_mutations",
         "_opened_at",
         "_owed_ts",
+        "_pause",
         "_peer_code",
-        "_query_ids",
+        "_query_set",
         "_received_identity",
-        "_received_query_set",
-        "_refusals",
-        "_refused_ids",
-        "_removed_ids",
         "_running_actions",
         "_running_mutation",
         "_sent",
@@ -184,18 +163,14 @@ class Session:
         self._clock_skew_ms: int | None = None
 
         # Versions: what the client announced, and where everything sent so far brings it.
-        self._received_query_set = 0
+        self._query_set = QuerySet(self._view, limits)
         self._received_identity = 0
         self._sent = StateVersion(0, 0, 0)
 
         self._inbox: list[protocol.Message] = []  # what came while `unverified` was set
+        self._pause: TimerHandle | None = None  # until the newest queries are paid for (7)
         self._identity: Identity | None = None
         self._expiry: TimerHandle | None = None
-
-        self._query_ids: dict[int, None] = {}  # of the client's query set
-        self._refused_ids: dict[int, None] = {}  # those of them that are not in the view
-        self._refusals: dict[int, bytes] = {}  # their fragments, not sent yet
-        self._removed_ids: dict[int, None] = {}  # not acknowledged yet
 
         self._mutations: list[_Request] = []
         self._running_mutation: _Request | None = None
@@ -227,6 +202,8 @@ class Session:
         """Take in one message; its effects show at the next `flush`."""
         if self.closing is not None:
             return  # 5
+        if faults.plan is not None:
+            faults.plan.reach("session.received")
         self._is_in_step = False
         if self.session_id is None and len(text) > self._limits.message_before_connect_size_bytes_max:
             self.close(protocol.CLOSE_TOO_BIG, "MessageTooLargeBeforeConnect")
@@ -256,8 +233,10 @@ class Session:
     @property
     def is_reading_paused(self) -> bool:
         """Whether the door is to leave further messages in the socket for now."""
+        if self.unverified is not None or self._pause is not None:
+            return True
         waiting_count = len(self._mutations) + len(self._actions) + len(self._answers) + len(self._failures_held)
-        return self.unverified is not None or waiting_count >= self._limits.mutation_queue_count_max
+        return waiting_count >= self._limits.mutation_queue_count_max
 
     def accept(self, verified: Verified) -> None:
         """What was `unverified` proves this; the messages that waited for it take effect."""
@@ -309,7 +288,7 @@ class Session:
         if self.session_id is not None:
             self._backend.session_gone(self.session_id, self._peer_code)
         self._timer.cancel()
-        for timer in (self._expiry, self._identity_wait):
+        for timer in (self._expiry, self._identity_wait, self._pause):
             if timer is not None:
                 timer.cancel()
         for action in self._running_actions.values():
@@ -371,59 +350,26 @@ class Session:
             self.close(protocol.CLOSE_INTERNAL_ERROR, _INTERNAL_SERVER_ERROR)
 
     def _modify_query_set(self, message: protocol.ModifyQuerySet) -> None:
-        if message.base_version != self._received_query_set or message.new_version <= message.base_version:
-            self.close(protocol.CLOSE_PROTOCOL_ERROR, "QuerySetVersionMismatch")
+        now = self._clock.monotonic()
+        closing = self._query_set.modify(message, now)
+        if closing is not None:
+            self.close(closing.code, closing.reason)
             return
-        for modification in message.modifications:
-            match modification:
-                case protocol.AddQuery():
-                    if modification.query_id in self._query_ids:
-                        self.close(protocol.CLOSE_PROTOCOL_ERROR, "DuplicateQueryId")
-                        return
-                    self._add_query(modification)
-                case protocol.RemoveQuery():
-                    self._remove_query(modification.query_id)
-                case _:
-                    assert_never(modification)
-        self._received_query_set = message.new_version
+        rest_seconds = self._query_set.rest_seconds(now)
+        if rest_seconds >= _TIMER_SECONDS_MIN:
+            if self._pause is not None:  # one more message of the burst that began it
+                self._pause.cancel()
+            self._pause = self._clock.call_later(rest_seconds, self._end_pause)
 
-    def _add_query(self, query: protocol.AddQuery) -> None:
-        self._query_ids[query.query_id] = None
-        self._removed_ids.pop(query.query_id, None)  # one modification for each query: its result says enough
-        if len(self._refused_ids) >= self._limits.query_count_max:
-            self.close(protocol.CLOSE_TRY_AGAIN_LATER, "TooManyRefusedQueries")  # 7
-            return
-        try:
-            if len(self._query_ids) > self._limits.query_count_max:
-                raise LimitExceeded(
-                    "subscriptions of this connection",
-                    used=len(self._query_ids),
-                    allowed=self._limits.query_count_max,
-                    remedy="Unsubscribe from what is not shown, or raise limits.query_count_max.",
-                )
-            arguments = self._arguments(query, "query")
-        except RequestError as error:
-            self._refused_ids[query.query_id] = None
-            self._refusals[query.query_id] = protocol.refusal(_refusal(error))
-        else:
-            self._view.add(query.query_id, query.udf_path, arguments, query.journal)
-
-    def _remove_query(self, query_id: int) -> None:
-        if query_id not in self._query_ids:
-            return
-        del self._query_ids[query_id]
-        self._removed_ids[query_id] = None
-        if query_id in self._refused_ids:
-            del self._refused_ids[query_id]
-            self._refusals.pop(query_id, None)
-        else:
-            self._view.remove(query_id)
+    def _end_pause(self) -> None:
+        self._pause = None
+        self._wake()
 
     def _take_mutation(self, message: protocol.Mutation) -> None:
         try:
-            arguments = self._arguments(message, "mutation")
+            arguments = arguments_of(message, "mutation", self._limits)
         except RequestError as error:
-            outcome = MutationOutcome(ts=None, value=None, failure=_refusal(error))
+            outcome = MutationOutcome(ts=None, value=None, failure=refusal_of(error))
             self._answers.append(_MutationAnswer(message.request_id, outcome))
             return
         assert self.session_id is not None
@@ -440,27 +386,13 @@ class Session:
 
     def _take_action(self, message: protocol.Action) -> None:
         try:
-            arguments = self._arguments(message, "action")
+            arguments = arguments_of(message, "action", self._limits)
         except RequestError as error:
-            outcome = ActionOutcome(value=None, failure=_refusal(error))
+            outcome = ActionOutcome(value=None, failure=refusal_of(error))
             self._answers.append(_ActionAnswer(message.request_id, outcome))
             return
         self._actions.append(_Request(message.request_id, message.udf_path, arguments, self._identity))
         self._start_requests()
-
-    def _arguments(self, message: protocol.AddQuery | protocol.Mutation | protocol.Action, kind: str) -> bytes:
-        """The arguments of a request that may be asked at all."""
-        if message.component_path:  # components are for admins of the reference server; there are none here
-            raise FunctionNotFound(f"{message.component_path}/{message.udf_path}", kind)
-        arguments = protocol.unwrap_arguments(message.args)
-        if len(arguments) > self._limits.arguments_size_bytes_max:
-            raise LimitExceeded(
-                "bytes of arguments",
-                used=len(arguments),
-                allowed=self._limits.arguments_size_bytes_max,
-                remedy="Send less at once, or raise limits.arguments_size_bytes_max.",
-            )
-        return arguments
 
     # -- who asks -----------------------------------------------------------------------------------------------------
 
@@ -477,7 +409,11 @@ class Session:
             case "User":
                 credential = UserToken(message.value or "")
             case "Admin":
-                credential = AdminKey(message.value or "", message.impersonating or message.acting_as)
+                try:
+                    credential = AdminKey(message.value or "", protocol.attributes_of(message))
+                except InvalidArgument as error:
+                    self._fail(str(error))
+                    return
             case _:
                 assert_never(message.token_type)
         self.unverified = credential
@@ -491,7 +427,7 @@ class Session:
             self._expiry = None
         if expires_at_ms is not None:
             self._check_expiry(expires_at_ms)
-        if self._received_query_set == 0 and self._identity_wait is None:
+        if self._query_set.version == 0 and self._identity_wait is None:
             self._identity_wait = self._clock.call_later(_QUERY_SET_WAIT_SECONDS, self._confirm_identity_alone)
 
     def _confirm_identity_alone(self) -> None:
@@ -543,6 +479,8 @@ class Session:
         self._running_mutation = None
         if self.closing is not None:
             return
+        if faults.plan is not None:
+            faults.plan.reach("session.answered")
         self._answers.append(_MutationAnswer(request.request_id, outcome))
         self._start_requests()
         self._wake()
@@ -576,7 +514,7 @@ class Session:
             if failure is not None and failure.code == InternalError.code:
                 self.close(protocol.CLOSE_INTERNAL_ERROR, _INTERNAL_SERVER_ERROR)
                 return
-            if failure is not None and self._received_query_set > 0 and not self._has_sent_transition:
+            if failure is not None and self._query_set.version > 0 and not self._has_sent_transition:
                 self._failures_held.append(answer)
             else:
                 self._put_answer(answer)
@@ -639,13 +577,13 @@ class Session:
     def _is_announcement_due(self) -> bool:
         """Whether the client announced something that no Transition has confirmed."""
         sent = self._sent
-        return sent.query_set != self._received_query_set or sent.identity != self._received_identity
+        return sent.query_set != self._query_set.version or sent.identity != self._received_identity
 
     def _is_transition_due(self) -> bool:
         if self._is_lagging or self.closing is not None:
             return False
         is_announced = self._is_announcement_due
-        if not self._has_sent_transition and self._received_query_set == 0:
+        if not self._has_sent_transition and self._query_set.version == 0:
             return self._is_transition_owed or (
                 is_announced and self._may_confirm_identity_alone and self.unverified is None
             )
@@ -656,11 +594,11 @@ class Session:
         self._is_view_ready = False  # `on_ready` comes again for whatever is newer, or not there yet
         if change is None:
             return
-        modifications = self._modifications(change.results)
+        modifications = self._query_set.take_news(change.results)
         if modifications is None:
             self.close(protocol.CLOSE_INTERNAL_ERROR, _INTERNAL_SERVER_ERROR)
             return
-        end = StateVersion(self._received_query_set, self._received_identity, change.ts)
+        end = StateVersion(self._query_set.version, self._received_identity, change.ts)
         start = self._sent
         is_same_set = not self._is_announcement_due
         is_late = change.ts < self._owed_ts  # the view was held at an older state, and is ready again soon
@@ -676,27 +614,14 @@ class Session:
             accepts_chunks=self._accepts_chunks,
         )
         self.outbox.extend(frames)
+        if faults.plan is not None:
+            faults.plan.reach("session.transition")
         self._sent_at = self._clock.monotonic()
         self._sent = end
         self._is_transition_owed = is_late
         self._has_sent_transition = True
         if self._failures_held:
             self._put_held_failures()
-
-    def _modifications(self, results: Mapping[int, Result]) -> Sequence[Modification] | None:
-        """One for each query that has news; None when the engine itself failed in one of them."""
-        modifications = []
-        for query_id, result in results.items():
-            if result.failure is not None and result.failure.code == InternalError.code:
-                return None
-            modifications.append((query_id, protocol.fragment_of(result)))
-        if self._refusals:
-            modifications += self._refusals.items()
-            self._refusals.clear()
-        if self._removed_ids:
-            modifications += [(query_id, protocol.REMOVED) for query_id in sorted(self._removed_ids)]
-            self._removed_ids.clear()
-        return modifications
 
     def _stamp(self) -> protocol.Stamp | None:
         if self._clock_skew_ms is None:
@@ -743,7 +668,3 @@ class Session:
         _log.info("session %s: %s", self.session_id, error)
         self._put(protocol.fatal_error(error))
         self.close(protocol.CLOSE_NORMAL, "")
-
-
-def _refusal(error: RequestError) -> _Refusal:
-    return _Refusal(error.code, f"{error.code}: {error}")

@@ -124,6 +124,10 @@ class ReadTransaction:
         self._kept = kept  # of what this connection sees; None: nothing is kept of it
         self.read_set = (ReadSet if self.is_tracked else UntrackedReads)(limits.read_range_count_max)
 
+    def another(self, limits: Limits) -> "ReadTransaction":
+        """One that reads the same snapshot, and of which nothing is known yet."""
+        return ReadTransaction(self._connection, self.catalog, limits)
+
     def impose(self, limits: Limits, check_deadline: Callable[[], None]) -> None:
         """A function begins: what it uses is counted from here on, and bounded."""
         self._limits, self.check_deadline = limits, check_deadline

@@ -3,10 +3,12 @@
 Invariants
   1. `reader` is pinned at the published timestamp whenever a query runs; it moves only in `advance`, between commits.
   2. A snapshot that is lent stays as it is: `advance` leaves that connection behind and goes on with another one.
+  3. What is left behind holds back the checkpoint. A run that still reads it after `snapshot_old_seconds_max`, or when
+     the WAL passes `wal_pinned_size_bytes_max`, is told so by its next read; what `retain` keeps has its own bounds.
 """
 
 from engine.clock import Clock
-from engine.errors import Overloaded
+from engine.errors import LimitExceeded, Overloaded
 from engine.limits import Limits
 from engine.storage.connections import Database, SnapshotReader
 
@@ -20,17 +22,21 @@ class Snapshots:
         self.ts = self.reader.pin()
         self._lent_count: dict[SnapshotReader, int] = {}
         self._idle: list[SnapshotReader] = []
+        self._left_at: dict[SnapshotReader, float] = {}  # when each that is lent was left behind
         self._retained: dict[int, tuple[SnapshotReader, float]] = {}  # by ts; and when it was last asked for
         self._made_at: dict[int, float] = {}  # by ts, of those
 
     def advance(self) -> int:
         """Show the newest commit from now on; its timestamp. Only between two commits (invariant 1)."""
         if self.reader in self._lent_count:
+            self._left_at[self.reader] = self._clock.monotonic()
             self.reader = self._idle.pop() if self._idle else self._database.open_reader()
         else:
             self.reader.unpin()
         self.ts = self.reader.pin()
         self._drop_old()
+        if self._left_at:
+            self._cut_old()
         return self.ts
 
     def lend(self, ts: int) -> SnapshotReader | None:
@@ -52,8 +58,12 @@ class Snapshots:
         if self._lent_count[reader] == 0:
             del self._lent_count[reader]
             if reader is not self.reader:
-                reader.unpin()
-                self._idle.append(reader)
+                self._left_at.pop(reader, None)
+                if reader.is_cut:
+                    self._database.close_reader(reader)
+                else:
+                    reader.unpin()
+                    self._idle.append(reader)
 
     def retain(self) -> int:
         """Keep the published snapshot readable for `snapshot_retained_seconds`; its timestamp.
@@ -89,6 +99,25 @@ class Snapshots:
                 "are kept. Query without a timestamp, try again later, or raise limits.wal_size_bytes_max."
             )
 
+    def _cut_old(self) -> None:
+        """Invariant 3."""
+        limits, now = self._limits, self._clock.monotonic()
+        wal_size_bytes = self._database.writer.wal_size_bytes()
+        is_full = wal_size_bytes > limits.wal_pinned_size_bytes_max
+        retained = {reader for reader, _ in self._retained.values()}
+        for reader, left_at in list(self._left_at.items()):
+            if reader in retained or not (is_full or now - left_at > limits.snapshot_old_seconds_max):
+                continue
+            del self._left_at[reader]
+            what, name = "seconds that a run reads a snapshot which is not the newest", "snapshot_old_seconds_max"
+            used: float = round(now - left_at, 1)
+            if is_full:
+                what, name = "bytes of WAL while this run reads an old snapshot", "wal_pinned_size_bytes_max"
+                used = wal_size_bytes
+            allowed = getattr(limits, name)
+            remedy = f"Read less in one run, or raise limits.{name}."
+            reader.cut(LimitExceeded(what, used=used, allowed=allowed, remedy=remedy))
+
     def _drop_old(self) -> None:
         """Let go of snapshots that were not asked for lately; of all when the WAL is at its bound."""
         if not self._retained:
@@ -101,4 +130,6 @@ class Snapshots:
     def _release(self, ts: int) -> None:
         reader, _ = self._retained.pop(ts)
         del self._made_at[ts]
+        if reader in self._left_at:
+            self._left_at[reader] = self._clock.monotonic()  # a run that reads it has time from now on
         self.give_back(reader)

@@ -165,6 +165,11 @@ FORGED: dict[str, Callable[[], str]] = {
 }
 
 
+def test_the_corpus_is_as_large_as_promised() -> None:
+    assert len(FORGED) >= 40
+    assert len(GOOD) >= 6
+
+
 @pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
 async def test_a_good_token_gives_its_identity(make: Callable[[], str]) -> None:
     good = make()
@@ -222,6 +227,17 @@ async def test_a_token_seen_before_is_not_checked_again(monkeypatch: pytest.Monk
     first = await checks.verify(good)
     monkeypatch.setattr(jwt.PyJWS, "decode", None)
     assert await checks.verify(good) is first
+
+
+async def test_tokens_are_kept_until_they_expire() -> None:
+    clock = ManualClock()
+    checks = verifier(clock=clock)
+    for number in range(5):
+        await checks.verify(token(exp=NOW + 60, jti=str(number)))
+    assert len(checks._cache) == 5
+    clock.advance(90)
+    await checks.verify(token(iat=NOW + 90, exp=NOW + 150))
+    assert len(checks._cache) == 1
 
 
 async def test_two_providers_of_one_issuer_are_told_apart_by_audience() -> None:

@@ -20,7 +20,8 @@ from engine.errors import (
 )
 from engine.events import Event, Events, FunctionFaulted
 from engine.functions.failures import Failure, Failures
-from engine.functions.run import Escaped, RanLong, RunTimedOut
+from engine.functions.run import RanLong
+from engine.functions.watchdog import Escaped, RunTimedOut
 from engine.limits import Limits
 from engine.testing import ManualClock
 

@@ -1,21 +1,20 @@
-"""One run: its deadline, its log, its identity; and how a function that does not end is stopped."""
+"""One run: its deadline, its log, its identity, and how it is driven."""
 
-import threading
-from collections.abc import Iterator
-from typing import Any
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from engine.clock import cpu_clock
 from engine.errors import FunctionMisuse
 from engine.functions.registry import Function, functions_of, query
-from engine.functions.run import Escaped, Run, RunTimedOut, Watchdog, drive, drive_cooperatively
+from engine.functions.run import Run, drive, drive_cooperatively
+from engine.functions.watchdog import Escaped, Watchdog
 from engine.identity import Caller, Identity
 from engine.limits import Limits
 from tests.functions.test_registry import module_of
 
-# a stop that lands in a callback of the garbage collector is dropped by Python, and comes again
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 QUICK = Limits(run_ms_max=50)
 
 
@@ -39,119 +38,12 @@ def watchdog() -> Iterator[Watchdog]:
     watchdog.close()
 
 
-def spin() -> None:
-    while True:
-        pass
-
-
 def wait_for(seconds: float) -> None:
     """Hold the thread in Python code."""
     now = cpu_clock()
     end = now() + seconds
     while now() < end:
         pass
-
-
-# -- the watchdog
-
-
-def test_an_endless_loop_is_stopped_and_the_next_run_is_not(watchdog: Watchdog) -> None:
-    for _ in range(2):
-        with pytest.raises(RunTimedOut):
-            drive(watchdog, run_of(), spin)
-        assert drive(watchdog, run_of(), lambda: 5) == 5
-
-
-def test_a_loop_that_swallows_exceptions_is_stopped(watchdog: Watchdog) -> None:
-    def stubborn() -> None:
-        while True:
-            try:
-                spin()
-            except Exception:  # noqa: BLE001 - what an app may write
-                continue
-
-    with pytest.raises(RunTimedOut):
-        drive(watchdog, run_of(), stubborn)
-
-
-def test_a_run_that_swallows_the_stop_itself_has_failed_all_the_same(watchdog: Watchdog) -> None:
-    def stubborn() -> int:
-        try:
-            spin()
-        except BaseException:  # noqa: BLE001 - what an app may write
-            return 5
-        return 6
-
-    with pytest.raises(RunTimedOut):
-        drive(watchdog, run_of(), stubborn)
-
-
-def test_a_second_loop_after_the_stop_is_stopped_too(watchdog: Watchdog) -> None:
-    def stubborn() -> None:
-        try:
-            spin()
-        finally:
-            spin()
-
-    with pytest.raises(RunTimedOut):
-        drive(watchdog, run_of(), stubborn)
-
-
-def test_a_stop_that_python_drops_is_repeated(watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
-    dropped: list[Any] = []
-    monkeypatch.setattr("sys.unraisablehook", dropped.append)
-
-    class Dropping:
-        def __del__(self) -> None:
-            spin()
-
-    def function() -> None:
-        Dropping()
-        spin()
-
-    with pytest.raises(RunTimedOut):
-        drive(watchdog, run_of(), function)
-    assert {hook.exc_type for hook in dropped} == {RunTimedOut}
-
-
-@pytest.mark.slow
-def test_what_is_not_delivered_is_withdrawn(watchdog: Watchdog) -> None:
-    for _ in range(8):  # each run ends just when the watchdog may look
-        try:
-            drive(watchdog, run_of(), lambda: wait_for(0.0503))
-        except RunTimedOut:
-            continue
-    wait_for(0.1)  # nothing hits us here
-
-
-def test_the_code_outside_of_runs_may_take_its_time(watchdog: Watchdog) -> None:
-    drive(watchdog, run_of(), lambda: None)
-    wait_for(0.15)
-
-
-def test_the_coroutine_of_a_stopped_run_is_closed(watchdog: Watchdog) -> None:
-    log: list[str] = []
-
-    async def function() -> None:
-        try:
-            spin()
-        finally:
-            log.append("closed")
-
-    with pytest.raises(RunTimedOut):
-        drive(watchdog, run_of(), function)
-    assert log == ["closed"]
-
-
-def test_its_thread_ends_when_it_is_closed() -> None:
-    def threads() -> int:
-        return sum(thread.name == "engine-watchdog" for thread in threading.enumerate())
-
-    before = threads()
-    watchdog = Watchdog(QUICK)
-    assert threads() == before + 1
-    watchdog.close()
-    assert threads() == before
 
 
 # -- driving
@@ -216,6 +108,31 @@ async def test_a_run_whose_turn_is_cancelled_is_closed(watchdog: Watchdog) -> No
     with pytest.raises(InterruptedError):
         await drive_cooperatively(watchdog, run, function, turn)
     assert log == ["closed"]
+
+
+async def test_a_run_that_is_abandoned_in_an_async_for_leaves_nothing_that_runs(watchdog: Watchdog) -> None:
+    run = run_of(is_cooperative=True)
+
+    async def documents() -> AsyncIterator[int]:
+        yield 1
+        await run.pause()
+        yield 2
+
+    async def function() -> list[int]:
+        return [document async for document in documents()]
+
+    async def turn() -> None:
+        raise asyncio.CancelledError
+
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    with pytest.raises(asyncio.CancelledError):
+        await drive_cooperatively(watchdog, run, function, turn)
+    gc.collect()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert not errors, "its generator was closed"
 
 
 # -- what a run keeps

@@ -10,6 +10,7 @@ import pytest
 
 from engine.errors import Overloaded
 from engine.events import Committed, FunctionFaulted
+from engine.functions.scheduler import JobScheduler
 from engine.testing import ManualClock
 from engine.transaction.committer import Committer, Submission
 from tests.functions.apps import SCHEMA, UNHURRIED, OpenApp, open_app
@@ -514,6 +515,36 @@ async def act(ctx) -> None:
         assert 1 < names_of(app)["most"] <= 7
 
 
+async def test_a_client_waits_behind_few_jobs_of_a_backlog(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with open_app(tmp_path, BASE, clock=clock) as app:
+        await later(app, "m:add", delay=10_000, count=60)
+    clock.advance(20)
+    limits = msgspec.structs.replace(UNHURRIED, scheduler_mutation_count=5)
+    async with open_app(tmp_path, limits=limits, clock=clock) as app:  # the first jobs are in the queue by now
+        await app.call("m:add", key="mine")
+        await app.idle()
+        keys = await app.call("m:keys")
+        assert len(keys) == 61
+        assert keys.index("mine") == 5
+
+
+async def test_a_backlog_is_looked_through_once_for_each_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each job that ends: that took most of the time of all who waited."""
+    clock, looks = ManualClock(), []
+    async with open_app(tmp_path, BASE, clock=clock) as app:
+        await later(app, "m:add", delay=10_000, count=60)
+    clock.advance(20)
+    look = JobScheduler._look
+    monkeypatch.setattr(JobScheduler, "_look", lambda scheduler: (looks.append(None), look(scheduler)))
+    async with open_app(tmp_path, clock=clock) as app:
+        await app.idle()
+        assert len(await app.call("m:keys")) == 60
+        assert len(looks) <= 2 * sum(isinstance(event, Committed) for event in app.events) + 3
+
+
 async def test_jobs_that_ended_are_kept_for_a_week(tmp_path: Path) -> None:
     functions = BASE + "\n@mutation\nasync def bad(ctx): raise ValueError\n"
     limits = msgspec.structs.replace(UNHURRIED, write_document_count_max=1, read_document_count_max=5)
@@ -550,7 +581,7 @@ async def test_a_clock_that_is_set_forward_runs_what_is_due_once(tmp_path: Path)
     async with open_app(tmp_path, BASE) as app:
         await later(app, "m:add", delay=3_600_000)
         app.clock.set_wall(START_MS + 2 * 3_600_000)
-        await app.turn(3_600)  # a wall clock is looked at once an hour at least
+        await app.turn(600)  # the wall clock is looked at every ten minutes at least
         assert await app.call("m:keys") == ["k"]
         app.clock.set_wall(START_MS)
         await app.turn(3 * 3_600)

@@ -69,3 +69,23 @@ async def test_a_commit_that_was_asked_for_and_did_not_come_is_asked_for_again()
     assert waiting.moments.due() == {due}
     waiting.clock.advance(60)
     assert waiting.asked_at == [1, 2, 3]
+
+
+async def test_moments_that_are_closer_together_share_a_commit() -> None:
+    waiting = Waiting()
+    interval_ms = Limits().moment_interval_ms
+    start = waiting.moments.now_ms() + 1_000
+    first, close, far = (live_query(is_watched=True) for _ in range(3))
+    waiting.moments.put(first, start)
+    waiting.moments.put(close, start + 1)
+    waiting.moments.put(far, start + 2 * interval_ms)
+    waiting.clock.advance(1)
+    assert waiting.moments.due() == {first}
+    waiting.clock.advance((interval_ms - 1) / 1_000)
+    assert len(waiting.asked_at) == 1
+    waiting.clock.advance(0.001)
+    assert len(waiting.asked_at) == 2
+    assert waiting.moments.due() == {close}
+    waiting.clock.advance(interval_ms / 1_000)
+    assert len(waiting.asked_at) == 3
+    assert waiting.moments.due() == {far}

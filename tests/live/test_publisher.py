@@ -1,6 +1,7 @@
 """Runs and who shares them: once a commit, split and joined by what is read of the identity, rounds, cache, reload."""
 
 import asyncio
+import gc
 import sys
 from pathlib import Path
 from shutil import copytree
@@ -10,6 +11,7 @@ import pytest
 from engine import Config, Engine, Limits
 from engine.errors import RegistryError
 from engine.events import CodeReloaded, Committed, MutationRan, QueryRan, ResultChanged, ResultUnchanged
+from engine.schema.compiled import IndexSchema
 from engine.testing import ManualClock
 from tests.small_engine import APP, SmallEngine, person, small_engine
 
@@ -377,8 +379,8 @@ async def test_who_asks_once_while_a_commit_is_published_is_told_when_that_is_ov
 async def test_who_asks_once_waits_when_others_had_the_time_of_this_turn() -> None:
     async with small_engine() as app:
         publisher = app.engine._publisher
-        assert publisher.has_time
-        publisher._turn_end = 0.0
+        assert publisher.first_runs.has_time()
+        publisher.first_runs._end = 0.0
         assert publisher._result_now("notes:count", b'{"room":"a"}', None) is None
         assert not publisher._sharing._new, "nothing is left behind"
         assert await app.engine.query("notes:count", room="a") == 0
@@ -454,6 +456,22 @@ async def test_after_a_reload_subscribers_hold_what_the_new_code_returns(app_dir
         assert (subscriber.value(0), subscriber.value(1)) == (102, ["x", "y"])
 
 
+async def test_a_reload_keeps_nothing_of_the_old_schema(app_directory: Path, tmp_path: Path) -> None:
+    def index_count() -> int:
+        gc.collect()
+        return sum(type(each) is IndexSchema for each in gc.get_objects())
+
+    async with Engine.open(app_directory, tmp_path / "engine.db", clock=ManualClock()) as engine:
+        counts = []
+        for _ in range(3):
+            await engine.reload()
+            await engine.mutation("notes:add", room="a", text="x")
+            assert await engine.query("notes:texts", room="a")
+            assert await engine.query("notes:count", room="a")
+            counts.append(index_count())
+    assert counts[1] == counts[2] <= counts[0]
+
+
 async def test_code_that_does_not_load_changes_nothing(app_directory: Path, tmp_path: Path) -> None:
     clock = ManualClock()
     async with Engine.open(app_directory, tmp_path / "engine.db", clock=clock) as engine:
@@ -481,3 +499,21 @@ async def test_a_reload_while_a_long_query_runs_ends_with_the_new_code() -> None
         await app.mutate("notes:add", room="a", text="x")
         await subscriber.catch_up()
         assert (subscriber.value(0), subscriber.value(1)) == (1, 1)
+
+
+async def test_when_a_round_has_lost_its_snapshot_those_that_are_left_run_in_the_next_one() -> None:
+    async with small_engine(run_slow_ms=1, run_ms_max=60_000) as app:
+        first, second = app.subscriber(), app.subscriber()
+        first.ask(0, "notes:held_count", room="a")
+        assert first.take() is None
+        second.ask(0, "notes:slow_count", room="a")
+        assert second.take() is None
+        await app.engine.mutation("notes:add", room="b", text="x")
+        app.clock.advance(6)
+        await app.engine.mutation("notes:add", room="b", text="y")
+        await first.catch_up()
+        await second.catch_up()
+        failure = first.results[0].failure
+        assert failure is not None
+        assert failure.code == "LimitExceeded"
+        assert second.value() == 0

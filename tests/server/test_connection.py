@@ -8,8 +8,11 @@ import pytest
 
 from engine.limits import Limits
 from engine.server import frames
+from engine.server.addresses import Addresses
 from engine.server.connection import Connection
+from engine.server.lagging import Lagging
 from engine.server.origins import Origins
+from engine.server.proxies import TrustedProxies
 from engine.server.websocket import WebSocketDoor
 from engine.testing import ManualClock
 from tests.server.fakes import ServedBackend
@@ -52,6 +55,9 @@ class FakeTransport:
     def abort(self) -> None:
         self.is_aborted = True
 
+    def get_extra_info(self, name: str) -> Any:
+        return ("203.0.113.1", 4711) if name == "peername" else None
+
     def set_write_buffer_limits(self, high: int) -> None: ...
 
     def get_write_buffer_size(self) -> int:
@@ -64,7 +70,9 @@ class Opened:
     def __init__(self, **limits: Any) -> None:
         self.backend, self.clock, self.transport = ServedBackend(), ManualClock(), FakeTransport()
         self.backend.show("chat:list", "hi")
-        self.door = WebSocketDoor(self.backend, Limits(**limits), self.clock, Origins(()), connection_count_max=1)
+        given = Limits(**limits)
+        lagging, addresses = Lagging(given, self.clock), Addresses(None, TrustedProxies(()), self.clock)
+        self.door = WebSocketDoor(self.backend, given, self.clock, Origins(()), lagging, addresses)
         self.connection = Connection(
             self.door, cast(asyncio.Transport, self.transport), accepts_chunks=False, may_use_admin_key=True
         )
@@ -117,6 +125,17 @@ async def test_a_connection_keeps_no_task_and_no_timer_of_its_own(opened: Opened
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+
+
+async def test_others_have_their_turn_between_two_long_messages_of_one_read(opened: Opened) -> None:
+    """Compressed, 32 MiB may be 32 KiB: several of them in one go would hold the loop for a second."""
+    opened.say(*[mutation(number, "chat:send", {"text": "x" * (1 << 20)}) for number in range(3)])
+    seen = []
+    for _ in range(4):
+        seen.append(opened.mutation_count)
+        await turn(1)
+    assert seen == [1, 2, 3, 3]
+    assert opened.transport.is_reading
 
 
 async def test_reading_rests_while_the_session_is_full() -> None:

@@ -94,6 +94,13 @@ def test_what_is_kept_is_bounded(compressed_count: Callable[[], int]) -> None:
     assert deflater._kept_size_bytes == sum(len(piece) + len(block) for piece, block in deflater._kept.values())
 
 
+def test_a_piece_past_the_bound_goes_as_it_is(compressed_count: Callable[[], int]) -> None:
+    deflater = Deflater(ready, Limits(deflated_piece_size_bytes_max=5_000))
+    for size, count in ((5_000, 1), (5_001, 1)):
+        assert inflated(deflater.ready((b"x" * size,))) == (True, b"x" * size)
+        assert compressed_count() == count
+
+
 @pytest.mark.parametrize(
     ("offers", "is_taken"),
     [

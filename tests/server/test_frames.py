@@ -1,5 +1,6 @@
 """Frames of RFC 6455: whatever the pieces they come in, the same messages; whatever breaks the rules, refused."""
 
+import asyncio
 from collections.abc import Iterator
 from itertools import islice
 
@@ -19,6 +20,7 @@ from engine.server.frames import (
     close_code,
     header,
 )
+from tests.server.fakes import FakeEngine, served
 
 FINAL = 0x80
 BOUND = 70_000
@@ -213,3 +215,125 @@ def test_a_close_frame_that_may_not_be_sent_is_refused(payload: bytes, code: int
 )
 def test_headers_say_the_size_as_shortly_as_they_can(size: int, expected: str) -> None:
     assert header(TEXT, size).hex() == expected
+
+
+# -- the cases of the Autobahn suite that are not above: what is text, pieces, and what comes after the end
+
+GOOD_TEXTS = [
+    "κόσμε",
+    "Hello-µ@ßöäüàá-UTF-8!!",
+    "\x7f",
+    "\x80",
+    "\u07ff",
+    "\u0800",
+    "\ud7ff",
+    "\ue000",
+    "\ufffd",
+    "\ufffe",  # no character, and yet it may be sent
+    "\uffff",
+    "\U00010000",
+    "\U0010fffd",
+    "\U0010ffff",
+    "\0",
+]
+BAD_TEXTS = [
+    "80",  # a continuation that continues nothing
+    "bf",
+    "8080",
+    "c3",  # cut off
+    "ce",
+    "e282",
+    "f09f98",
+    "c328",  # not continued
+    "e28220",
+    "c080",  # overlong: NUL
+    "c1bf",
+    "e08080",
+    "e09fbf",
+    "f0808080",
+    "f08fbfbf",
+    "eda080",  # halves of surrogate pairs
+    "edbfbf",
+    "eda080edb080",
+    "f4908080",  # past the last code point
+    "f5808080",
+    "f888808080",  # five and six bytes, of an older definition
+    "fc8480808080",
+    "fe",
+    "ff",
+    "fffe",
+    "cebae1bdb9cf83cebcceb5eda080656469746564",
+]
+
+
+@pytest.mark.parametrize("text", GOOD_TEXTS, ids=ascii)
+@pytest.mark.parametrize("filling", ["", "x" * 200])
+def test_every_character_may_be_sent_whole_or_in_pieces(text: str, filling: str) -> None:
+    payload = (filling + text).encode()
+    pieces = [frame(TEXT)] + [frame(CONTINUATION, payload[n : n + 1]) for n in range(len(payload))]
+    assert read(frame(FINAL | TEXT, payload)) == [filling + text]
+    assert read(*pieces, frame(FINAL | CONTINUATION)) == [filling + text]
+
+
+@pytest.mark.parametrize("sequence", BAD_TEXTS)
+@pytest.mark.parametrize(("before", "behind"), [(b"", b""), (b"x" * 200, b""), ("é".encode(), b"x"), (b"", b"x" * 200)])
+def test_what_is_no_text_is_refused_whole_or_in_pieces(sequence: str, before: bytes, behind: bytes) -> None:
+    payload = before + bytes.fromhex(sequence) + behind
+    pieces = [frame(TEXT)] + [frame(CONTINUATION, payload[n : n + 1]) for n in range(len(payload))]
+    assert refusal(frame(FINAL | TEXT, payload)) == (1007, "InvalidText")
+    assert refusal(*pieces, frame(FINAL | CONTINUATION)) == (1007, "InvalidText")
+    assert code_of_refusal((1000).to_bytes(2) + payload) == 1007
+
+
+def code_of_refusal(close_payload: bytes) -> int | None:
+    try:
+        close_code(close_payload)
+    except BrokenRule as broken:
+        return broken.code
+    return None
+
+
+@pytest.mark.parametrize("piece_size", [1_300, 4_001, 65_536])
+def test_a_long_message_may_come_in_any_number_of_frames(piece_size: int) -> None:
+    payload = b"*" * 65_536
+    places = range(0, len(payload), piece_size)
+    frames = [
+        frame(
+            (TEXT if place == 0 else CONTINUATION) | (FINAL if place == places[-1] else 0), payload[place:][:piece_size]
+        )
+        for place in places
+    ]
+    assert read(*frames) == [payload.decode()]
+    with_pings = [piece for each in frames for piece in (each, frame(FINAL | PING, b"?"))]
+    assert read(*with_pings)[-2:] == [payload.decode(), (PING, b"?")]
+
+
+@pytest.mark.parametrize("payload", [b"", b"Hello", bytes(range(125)), b"\xfe" * 125])
+@pytest.mark.parametrize("opcode", [PING, PONG])
+def test_pings_and_pongs_hold_any_bytes(opcode: int, payload: bytes) -> None:
+    assert read(frame(FINAL | opcode, payload) * 10) == [(opcode, payload)] * 10
+
+
+def test_every_code_of_a_close_frame_is_one_that_may_be_sent_or_refused() -> None:
+    taken = [code for code in range(1 << 16) if code_of_refusal(code.to_bytes(2)) is None]
+    reserved = {1004, 1005, 1006}  # 1015 and up are not given to anybody below 3000
+    assert taken == [*sorted(set(range(1000, 1015)) - reserved), *range(3000, 5000)]
+
+
+@pytest.mark.parametrize(
+    "behind", [frame(FINAL | TEXT, b"{}"), frame(FINAL | PING, b"x"), frame(FINAL | 3), b"\xff" * 99]
+)
+@pytest.mark.parametrize("code", [b"", (1000).to_bytes(2), (4000).to_bytes(2) + b"bye"])
+async def test_nothing_is_answered_after_the_peers_close_frame(behind: bytes, code: bytes) -> None:
+    async with served(FakeEngine()) as server:
+        url = server.url("")
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(
+            b"GET /api/sync HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(frame(FINAL | CLOSE, code) + behind)
+        async with asyncio.timeout(10):
+            assert await reader.read() == bytes((FINAL | CLOSE, 2)) + (1000).to_bytes(2)
+        writer.close()

@@ -1,5 +1,6 @@
 """The HTTP API over real sockets, on a fake engine."""
 
+import asyncio
 import json
 from base64 import b64encode
 from collections.abc import AsyncIterator
@@ -336,3 +337,60 @@ async def test_a_long_credential_fits_into_the_header(engine: FakeEngine, server
         "/api/query", {"path": "chat:list"}, headers={"Authorization": f"Convex key:{acting_as}"}
     )
     assert status == 401, "it was looked at"
+
+
+# -- who breaks off
+
+
+async def broken_off(server: Served, request: bytes, *, is_answered: bool) -> None:
+    """Send a request that is not whole, perhaps wait for the answer, and go."""
+    url = server.url("")
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(request)
+    if is_answered:
+        await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.parametrize("expected", [b"200-ok", b"100-continue-not", b"\x81", b"\xff" * 99, b""])
+@pytest.mark.parametrize("path", ["/no/such", "/api/query", "/version", "/api/sync"])
+async def test_what_cannot_be_expected_is_refused_whatever_it_is(
+    server: Served, caplog: pytest.LogCaptureFixture, path: str, expected: bytes
+) -> None:
+    url = server.url("")
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: %b\r\n\r\n" % (path.encode(), expected))
+    async with asyncio.timeout(10):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 417 ")
+    assert json.loads(body).keys() == {"code", "message"}
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+@pytest.mark.parametrize("path", ["/no/such", "/api/query", "/version"])
+async def test_a_request_that_is_broken_off_leaves_nothing_that_waits_for_its_rest(
+    server: Served, path: str, is_answered: bool
+) -> None:
+    task_count = len(asyncio.all_tasks())
+    request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc".encode()
+    await broken_off(server, request, is_answered=is_answered and path != "/api/query")
+    async with asyncio.timeout(5):  # aiohttp alone waits for 10 s
+        while len(asyncio.all_tasks()) > task_count:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_answered"),
+    [("Content-Encoding: gzip", True), ("Content-Encoding: deflate", True), ("Expect: 100-continue", False)],
+)
+@pytest.mark.parametrize("path", ["/no/such", "/api/query", "/version"])
+async def test_a_broken_body_and_a_client_that_is_gone_are_no_errors_of_ours(
+    server: Served, caplog: pytest.LogCaptureFixture, path: str, headers: str, is_answered: bool
+) -> None:
+    request = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\nContent-Length: 9\r\n\r\nno such.."
+    await broken_off(server, request.encode(), is_answered=is_answered)
+    assert (await server.get("/version"))[0] == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []

@@ -485,7 +485,7 @@ async def test_a_route_goes_on_when_its_client_goes_away(real: RealServer) -> No
 def test_the_addresses_that_apps_may_not_take_are_those_of_the_server() -> None:
     served = {
         re.sub(r"/\{path\}$", "/*", resource.canonical.replace("/{slashes}api", "/api"))
-        for resource in make_app(FakeEngine()).router.resources()
+        for resource in make_app(FakeEngine(), Limits()).router.resources()
     }
     assert served - {"/"} == set(ENGINE_PATHS) - {"/dev/*"}  # no route of an app can be `/`
     for path in [value for name, value in vars(development).items() if name.endswith("_PATH")]:

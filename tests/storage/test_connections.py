@@ -13,10 +13,19 @@ from typing import Any
 
 import pytest
 
-from engine.errors import CommitUnknown, ConfigError, InternalError, Overloaded, StorageFull
+from engine.errors import (
+    CommitUnknown,
+    ConfigError,
+    EngineError,
+    InternalError,
+    Overloaded,
+    StorageFailed,
+    StorageFull,
+)
 from engine.limits import Limits
 from engine.storage import connections
-from engine.storage.connections import TEMPORARY, Database, LockHolder, WriterConnection, lock_holder
+from engine.storage.connections import TEMPORARY, Database, WriterConnection
+from engine.storage.lock import LockHolder, lock_holder
 
 ROOT = Path(__file__).parents[2]
 SERVE = """
@@ -159,7 +168,7 @@ def test_a_newer_format_is_refused_untouched(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE _engine_meta SET format_version = 99")
         connection.commit()
-    assert "has format 99, this engine reads up to 2. Use a newer engine" in refused(path)
+    assert "has format 99, this engine reads up to 3. Use a newer engine" in refused(path)
 
 
 def test_a_file_that_is_no_database_is_refused_untouched(tmp_path: Path) -> None:
@@ -186,7 +195,8 @@ def test_a_file_of_an_older_engine_gets_what_it_lacks(path: Path) -> None:
         database.writer.execute("CREATE TABLE things (name TEXT PRIMARY KEY) STRICT")
         commit(database.writer, "a", ts=7)
         assert database.writer.read_ledger_row_count() == 0
-        database.writer.execute("ALTER TABLE _engine_meta DROP COLUMN ledger_row_count")
+        for column in ("ledger_row_count", "checksum"):
+            database.writer.execute(f"ALTER TABLE _engine_meta DROP COLUMN {column}")
     with closing(Database.open(path, Limits())) as database:
         assert database.writer.read_ledger_row_count() is None
         commit(database.writer, "b", ts=8)
@@ -201,6 +211,18 @@ def test_rows_that_nobody_fetched_hold_no_snapshot(database: Database) -> None:
     commit(database.writer, "a", ts=7)
     reader.unpin()
     assert reader.pin() == 7
+
+
+@pytest.mark.parametrize("kind", ["writer", "reader"])
+def test_a_database_that_somebody_has_tampered_with_can_do_little(database: Database, kind: str) -> None:
+    connection = database.writer if kind == "writer" else database.open_reader()
+    assert connection.fetch_all("PRAGMA trusted_schema") == [(0,)]
+    assert connection.fetch_all("PRAGMA cell_size_check") == [(1,)]
+    assert connection.fetch_all("PRAGMA mmap_size") == [(0,)]
+    with pytest.raises(InternalError, match="not authorized"):
+        connection.fetch_all("SELECT load_extension('libm')")
+    if sys.version_info >= (3, 12):
+        assert connection._connection.getconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE)
 
 
 def test_every_commit_is_synced_to_the_disk(database: Database) -> None:
@@ -311,6 +333,61 @@ except CommitUnknown:
     assert (done.stdout, done.stderr) == ("unknown\n", "")
     with closing(Database.open(path, Limits())) as database:
         assert database.writer.fetch_all("PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ts = ts + 1",
+        "tick = tick - 1",
+        "ledger_row_count = 5",
+        "schema_json = '{ }'",
+        "secret = zeroblob(32)",
+        "format_version = 1",
+        "checksum = checksum + 1",
+    ],
+)
+def test_a_damaged_row_about_the_database_is_found_out(path: Path, statement: str) -> None:
+    with closing(Database.open(path, Limits())) as database:
+        database.writer.execute("CREATE TABLE things (name TEXT PRIMARY KEY) STRICT")
+        commit(database.writer, "a", ts=7)
+        commit(database.writer, "b", ts=8)
+    Database.open(path, Limits()).close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"UPDATE _engine_meta SET {statement}")
+    with pytest.raises(StorageFailed, match="the row that describes the database is damaged: restore a backup"):
+        Database.open(path, Limits())
+
+
+def test_what_describes_the_tables_may_change(path: Path) -> None:
+    with closing(Database.open(path, Limits())) as database:
+        writer = database.writer
+        writer.execute("CREATE TABLE things (name TEXT PRIMARY KEY) STRICT")
+        commit(writer, "a", ts=7)
+        writer.begin()
+        writer.write_schema('{"things": {}}')
+        writer.commit()
+        Database.open(path.with_name("other.db"), Limits()).close()
+    with closing(Database.open(path, Limits())) as database:
+        commit(database.writer, "b", ts=8)
+    Database.open(path, Limits()).close()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (sqlite3.SQLITE_FULL, StorageFull),
+        (sqlite3.SQLITE_BUSY, Overloaded),
+        (sqlite3.SQLITE_IOERR_READ, StorageFailed),
+        (sqlite3.SQLITE_CANTOPEN, StorageFailed),
+        (sqlite3.SQLITE_CORRUPT, StorageFailed),
+        (sqlite3.SQLITE_MISUSE, InternalError),
+    ],
+)
+def test_what_an_error_of_sqlite_means(code: int, kind: type[EngineError]) -> None:
+    error = sqlite3.OperationalError("injected")
+    error.sqlite_errorcode = code
+    assert type(connections.translated(error)) is kind
 
 
 def test_the_commit_of_another_program_is_noticed(database: Database) -> None:

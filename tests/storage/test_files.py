@@ -12,6 +12,7 @@ import pytest
 
 from engine.errors import StorageFull
 from engine.storage import files
+from engine.storage.disk import free_size_bytes
 from engine.storage.files import DiskFileStore, StagedFile, Staging, files_directory
 
 NAME, OTHER = "3fa0" + "0" * 28, "3fa1" + "1" * 28
@@ -100,6 +101,14 @@ def test_only_a_name_of_the_engines_own_becomes_a_path(tmp_path: Path, name: str
             use()
 
 
+def test_with_little_room_on_the_disk_no_file_is_taken_in(tmp_path: Path) -> None:
+    free = free_size_bytes(tmp_path)
+    with pytest.raises(StorageFull, match=r"less than .* bytes left: no file is taken in"):
+        Staging(tmp_path, 2 * free).begin(NAME)
+    assert list((tmp_path / "incoming").iterdir()) == []
+    Staging(tmp_path, free // 2).begin(NAME).discard()
+
+
 def test_a_file_and_every_name_on_the_way_to_it_are_synced_before_it_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +128,7 @@ def test_a_file_and_every_name_on_the_way_to_it_are_synced_before_it_counts(
 
     directory = tmp_path / "files"
     monkeypatch.setattr(os, "fsync", noted("sync", os.fsync, path_of))
-    monkeypatch.setattr(Path, "mkdir", noted("make", Path.mkdir, lambda path: path.name))
+    monkeypatch.setattr(Path, "mkdir", noted("make", Path.mkdir, lambda path, _: path.name))
     monkeypatch.setattr(Path, "rename", noted("rename", Path.rename, lambda path, target: target.name))
     DiskFileStore(directory).put(NAME, received(directory, b"content").path)
     assert events == [

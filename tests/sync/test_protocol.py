@@ -7,10 +7,23 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Raw
 
 from engine.errors import InvalidArgument
 from engine.sync import protocol
-from engine.sync.protocol import Connect, Mutation, Stamp, StateVersion, decode_message, encode_timestamp
+from engine.sync.protocol import (
+    MODIFICATION_COUNT_MAX,
+    Authenticate,
+    Connect,
+    ModifyQuerySet,
+    Mutation,
+    Stamp,
+    StateVersion,
+    attributes_of,
+    decode_message,
+    encode_timestamp,
+    unwrap_arguments,
+)
 from tests.sync.fakes import SESSION_ID, FakeFailure, FakeResult, add, authenticate, connect, mutation, query_set
 
 ZERO = StateVersion(0, 0, 0)
@@ -117,7 +130,8 @@ def test_members_that_are_not_known_are_ignored() -> None:
 
 def test_a_message_with_arguments_that_cannot_be_decoded_keeps_its_request() -> None:
     message = decode_message('{"type":"Mutation","requestId":5,"udfPath":"a:b","args":[{"x":"\\udead"}]}')
-    assert message == Mutation(5, "a:b", [])
+    assert isinstance(message, Mutation)
+    assert (message.request_id, message.udf_path, bytes(message.args)) == (5, "a:b", b"[]")
 
 
 JSON = st.recursive(
@@ -158,8 +172,50 @@ def test_no_change_of_a_message_breaks_the_decoder(data: st.DataObject) -> None:
         decode_message(json.dumps(message))
 
 
+@pytest.mark.parametrize("name", ["type", "tokenType"])
+def test_what_a_refused_message_says_is_not_repeated(name: str) -> None:
+    message = {**authenticate(0, "token"), name: "it's a 'secret'\n" * 1_000}
+    with pytest.raises(InvalidArgument) as refusal:
+        decode_message(json.dumps(message))
+    assert str(refusal.value).startswith("not a message of the sync protocol: Invalid ")
+    assert "secret" not in str(refusal.value)
+    assert len(str(refusal.value)) < 200
+
+
 def test_session_ids_are_uuids() -> None:
     assert isinstance(decode_message(json.dumps(connect(sessionId=SESSION_ID.upper()))), Connect)
     for session_id in ("", SESSION_ID + "x", SESSION_ID + "\n", "x" * 36):
         with pytest.raises(InvalidArgument):
             decode_message(json.dumps(connect(sessionId=session_id)))
+
+
+def message_of(count: int) -> str:
+    return json.dumps(query_set(0, *[{"type": "Remove", "queryId": number} for number in range(count)]))
+
+
+def test_a_message_with_too_many_modifications_is_given_up_where_there_are_too_many() -> None:
+    for _ in range(2):
+        assert isinstance(decode_message(message_of(MODIFICATION_COUNT_MAX)), ModifyQuerySet)
+        with pytest.raises(InvalidArgument, match="more than 20,000 modifications"):
+            decode_message(message_of(MODIFICATION_COUNT_MAX + 1))
+
+
+def test_what_is_in_arguments_is_skipped_and_not_looked_at_before_it_is_needed() -> None:
+    text = '{"type":"Mutation","requestId":5,"udfPath":"a:b","args":[' + "{}," * 1_000_000 + "{}]}"
+    message = decode_message(text)
+    assert isinstance(message, Mutation)
+    assert isinstance(message.args, Raw), "two million bytes, and not a million objects"
+    with pytest.raises(InvalidArgument, match="expected one object"):
+        unwrap_arguments(message.args)
+
+
+def test_attributes_of_a_user_are_bounded() -> None:
+    def attributes(size: int) -> Authenticate:
+        text = '{"type":"Authenticate","baseVersion":0,"tokenType":"Admin","value":"k","impersonating":%s}'
+        message = decode_message(text % ('{"name":"' + "x" * (size - 11) + '"}'))
+        assert isinstance(message, Authenticate)
+        return message
+
+    assert attributes_of(attributes(16 << 10)) == {"name": "x" * ((16 << 10) - 11)}
+    with pytest.raises(InvalidArgument, match="impersonating: more than 16,384 bytes"):
+        attributes_of(attributes((16 << 10) + 1))

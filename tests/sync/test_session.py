@@ -526,8 +526,8 @@ def test_component_paths_are_refused_per_request(backend: FakeBackend, client: F
     assert backend.started == []
 
 
-@pytest.mark.parametrize("args", [[], [{}, {}]])
-def test_arguments_that_are_not_one_object_fail_their_request(client: FakeClient, args: list[Any]) -> None:
+@pytest.mark.parametrize("args", [[], [{}, {}], {}, 3])
+def test_arguments_that_are_not_one_object_fail_their_request(client: FakeClient, args: Any) -> None:
     message = {"type": "Mutation", "requestId": 0, "udfPath": "chat:send", "args": args}
     heard = client.say(connect(), query_set(0), message)
     assert types(heard) == ["Transition", "MutationResponse"]
@@ -584,7 +584,6 @@ def test_a_flood_of_refused_subscriptions_ends_the_connection(backend: FakeBacke
         '{"type":"Mutation","requestId":-1,"udfPath":"a:b","args":[{}]}',
         '{"type":"Mutation","requestId":4294967296,"udfPath":"a:b","args":[{}]}',
         '{"type":"Mutation","requestId":1.5,"udfPath":"a:b","args":[{}]}',
-        '{"type":"Mutation","requestId":0,"udfPath":"a:b","args":{}}',
         '{"type":"Mutation","requestId":0,"udfPath":"a:b","args":[NaN]}',
         '{"type":"Mutation","requestId":0,"udfPath":"a:b\\ud800","args":[{}]}',
         '{"type":"Mutation","requestId":0,"udfPath":"a:b","args":[' + "[" * 100_000 + "]" * 100_000 + "]}",

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import CommitUnknown, EngineClosed, InternalError, Overloaded, StorageFull
+from engine.errors import (
+    CommitUnknown,
+    EngineClosed,
+    InternalError,
+    LimitExceeded,
+    Overloaded,
+    StorageFailed,
+    StorageFull,
+)
 from engine.limits import Limits
 from engine.schema import Table, compile_schema, index
 from engine.storage.connections import TEMPORARY, Connection, Database, WriterConnection
@@ -101,14 +109,22 @@ class OpenCommitter:
         for submission, settled in group.settled:
             submission.settle(settled)
 
-    def submit(self, work: Work, key: LedgerKey | None = None) -> Sent:
+    def submit(
+        self,
+        work: Work,
+        key: LedgerKey | None = None,
+        *,
+        function: str = "",
+        is_admin: bool = False,
+        linger_seconds: float = 0,
+    ) -> Sent:
         sent = Sent(self.log)
 
         def execute(transaction: WriteTransaction) -> Execution:
             sent.ticks.append(transaction.tick)
             return Execution(work(transaction), None)
 
-        self.committer.submit(Submission(execute, sent.settle, key))
+        self.committer.submit(Submission(execute, sent.settle, key, function, is_admin, linger_seconds))
         return sent
 
     def add(self, *names: str, key: LedgerKey | None = None) -> Sent:
@@ -499,6 +515,20 @@ async def test_a_disk_that_is_full_at_commit_fails_the_group_and_the_next_one_is
         assert app.names() == ["before", "a"]
 
 
+async def test_a_disk_that_is_full_at_commit_takes_back_nothing_that_an_earlier_group_has_applied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_committer() as app:
+        first = app.add("a", key=KEY)
+        await app.idle()
+        with monkeypatch.context() as patch:
+            fail_commit(patch, app.database.writer, sqlite3.SQLITE_FULL)
+            again, other = app.add("a", key=KEY), app.add("b")
+            await app.idle()
+        assert isinstance(other.one.error, StorageFull)
+        assert (again.one.recorded, again.one.ts) == (b'"added"', first.one.ts)
+
+
 async def test_with_a_full_disk_reads_and_subscriptions_go_on_and_writes_do_when_there_is_room() -> None:
     async with small_engine() as app:
         await app.mutate("notes:add", room="a", text="before")
@@ -549,8 +579,9 @@ async def test_after_an_unknown_commit_nothing_is_answered_and_nothing_runs(monk
         assert [one.settled for one in sent] == [[], [], []]
         assert [one.run_count for one in sent] == [1, 1, 0]
         assert app.names() == []
-        with pytest.raises(EngineClosed):
-            app.add("d")
+        again = app.add("a")  # a refusal would say that it is not applied
+        await asyncio.sleep(0)
+        assert (again.settled, again.run_count) == ([], 0)
 
 
 async def test_an_unknown_commit_fails_the_engine_and_whoever_waits_in_its_process(
@@ -738,3 +769,203 @@ async def test_a_snapshot_that_is_lent_keeps_its_state_and_the_wal_starts_anew_o
             app.add(LARGE)
             await app.idle()
         assert app.database.writer.wal_size_bytes() < held_size_bytes / 2
+
+
+async def test_a_large_wal_is_cut_once_readers_let_go_though_nobody_writes() -> None:
+    async with open_committer(wal_checkpoint_size_bytes=1 << 20, wal_kept_size_bytes=2 << 20) as app:
+        app.add("a")
+        await app.idle()
+        reader = app.snapshots.lend(app.snapshots.ts)
+        assert reader is not None
+        for _ in range(20):
+            app.add(LARGE)
+            await app.idle()
+        assert app.database.writer.wal_file_size_bytes() > 4_000_000
+        app.clock.advance(5)
+        await app.idle()
+        assert app.database.writer.wal_file_size_bytes() > 4_000_000, "the reader needs it"
+        app.snapshots.give_back(reader)
+        app.clock.advance(5)
+        await until(lambda: app.database.writer.wal_file_size_bytes() == 0)
+        assert app.clock.seconds_to_next_timer is None
+        app.add("b")
+        await app.idle()
+        assert app.names(app.database.writer)[-1] == "b"
+
+
+async def test_a_run_that_holds_an_old_snapshot_too_long_is_stopped_and_the_wal_stays_bounded() -> None:
+    bounds = {
+        "wal_checkpoint_size_bytes": 1 << 20,
+        "wal_pinned_size_bytes_max": 3 << 20,
+        "wal_kept_size_bytes": 1 << 20,
+    }
+    async with open_committer(**bounds) as app:
+        app.add("a")
+        await app.idle()
+        reader = app.snapshots.lend(app.snapshots.ts)
+        assert reader is not None
+        sizes = []
+        for _ in range(40):
+            app.add(LARGE)
+            await app.idle()
+            sizes.append(app.database.writer.wal_file_size_bytes())
+        assert max(sizes) < (4 << 20) + len(LARGE) * 3
+        with pytest.raises(LimitExceeded, match=r"raise limits\.wal_pinned_size_bytes_max"):
+            app.names(reader)
+        app.snapshots.give_back(reader)
+
+
+# -- room on the disk
+
+
+async def test_with_little_room_only_an_operators_deletes_commit_and_what_the_engine_writes_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_committer(free_size_bytes_min=1_000) as app:
+        room = {"size_bytes": 1_000}
+        monkeypatch.setattr(app.database.writer, "room_size_bytes", lambda: room["size_bytes"])
+        told: list[bool] = []
+        app.committer.on_short = told.append
+        ids: list[str] = []
+
+        def insert(transaction: WriteTransaction) -> bytes:
+            ids.append(transaction.insert(Thing(name="a")))
+            return b"null"
+
+        def delete(transaction: WriteTransaction) -> bytes:
+            transaction.delete(ids[0])
+            return b"null"
+
+        def replace(transaction: WriteTransaction) -> bytes:
+            delete(transaction)
+            return insert(transaction)
+
+        def look(transaction: WriteTransaction) -> bytes:
+            return b"null"
+
+        app.submit(insert, function="things:add")
+        await app.idle()
+        assert told == []
+        room["size_bytes"] = 999
+        app.clock.advance(1)
+        refused = [
+            app.submit(insert, function="things:add"),
+            app.submit(delete, function="things:delete"),
+            app.submit(replace, function="things:replace", is_admin=True),
+        ]
+        looked = app.submit(look, function="things:look")
+        await app.idle()
+        assert [type(sent.one.error) for sent in refused] == [StorageFull] * 3
+        assert "less than 1,000 bytes left" in str(refused[0].one.error)
+        assert looked.has_succeeded
+        assert told == [True]
+        assert app.names() == ["a"]
+        deleted = app.submit(delete, function="things:delete", is_admin=True)
+        own = app.submit(insert)
+        await app.idle()
+        assert deleted.has_succeeded
+        assert own.has_succeeded
+        room["size_bytes"] = 1_000
+        app.clock.advance(1)
+        taken = app.submit(insert, function="things:add")
+        await app.idle()
+        assert taken.has_succeeded
+        assert told == [True, False]
+
+
+async def test_a_request_that_was_answered_before_gets_its_answer_when_its_group_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A refusal would tell its client that it was not applied."""
+    async with open_committer() as app:
+        first = app.add("a", key=KEY)
+        await app.idle()
+        with monkeypatch.context() as patch:
+            fail_commit(patch, app.database.writer, sqlite3.SQLITE_FULL)
+            again, other = app.add("a", key=KEY), app.add("b")
+            await app.idle()
+        assert again.one == Settled(first.one.ts, recorded=b'"added"')
+        assert isinstance(other.one.error, StorageFull)
+        with lock_of_another_program(app.database):
+            again, other = app.add("a", key=KEY), app.add("b")
+            await app.until_it_waits()
+            app.clock.advance(5)
+            await app.idle()
+        assert again.one == Settled(first.one.ts, recorded=b'"added"')
+        assert isinstance(other.one.error, Overloaded)
+        assert app.names() == ["a"]
+
+
+async def test_what_a_full_disk_refused_is_told_once_and_so_is_the_end_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_committer() as app:
+        told: list[bool] = []
+        app.committer.on_short = told.append
+        with monkeypatch.context() as patch:
+            fail_commit(patch, app.database.writer, sqlite3.SQLITE_FULL)
+            for name in "abc":
+                app.add(name)
+                await app.idle()
+        assert told == [True]
+        app.add("d")
+        await app.idle()
+        assert told == [True, False]
+
+
+async def test_a_checkpoint_that_the_disk_refuses_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_committer(wal_checkpoint_size_bytes=1) as app:
+
+        def fail(mode: str = "PASSIVE") -> None:
+            raise StorageFailed("injected")
+
+        monkeypatch.setattr(app.database.writer, "checkpoint", fail)
+        app.add("a")
+        assert isinstance(await app.until_fatal(), StorageFailed)
+
+
+# -- lingering
+
+
+def insert_one(transaction: WriteTransaction) -> bytes:
+    transaction.insert(Thing(name="a"))
+    return b"null"
+
+
+async def test_mutations_that_linger_share_a_commit_when_the_first_has_waited_long_enough() -> None:
+    async with open_committer() as app:
+        sent = [app.submit(insert_one, linger_seconds=linger_seconds) for linger_seconds in (0.02, 60, 60)]
+        await asyncio.sleep(0)
+        sent.append(app.submit(insert_one, linger_seconds=60))
+        assert not any(each.settled for each in sent)
+        await app.idle()
+        assert all(each.has_succeeded for each in sent)
+        assert [len(group.settled) for group in app.groups] == [4]
+
+
+async def test_a_mutation_that_cannot_wait_takes_those_that_linger_along() -> None:
+    async with open_committer() as app:
+        lingering = app.submit(insert_one, linger_seconds=60)
+        await asyncio.sleep(0)
+        assert not lingering.settled
+        app.submit(insert_one)
+        await app.idle()
+        late = app.submit(insert_one, linger_seconds=0.01)
+        await app.idle()
+        assert lingering.has_succeeded
+        assert late.has_succeeded
+        assert [len(group.settled) for group in app.groups] == [2, 1]
+
+
+async def test_what_lingers_is_committed_when_the_engine_closes() -> None:
+    async with open_committer() as app:
+        lingering = app.submit(insert_one, linger_seconds=60)
+        app.committer.close()
+        await app.idle()
+        assert lingering.has_succeeded
+
+
+async def test_those_that_found_no_room_in_a_group_do_not_wait_for_anybody() -> None:
+    async with open_committer(group_commit_count_max=2) as app:
+        sent = [app.submit(insert_one, linger_seconds=0.01) for _ in range(5)]
+        await app.idle()
+        assert all(each.has_succeeded for each in sent)
+        assert [len(group.settled) for group in app.groups] == [2, 2, 1]

@@ -132,7 +132,20 @@ def test_what_was_asked_cannot_be_shifted_between_identity_path_and_arguments() 
     assert len(digests) == 5
 
 
-# -- what is not recorded
+# -- what is recorded, and what not
+
+
+async def test_a_mutation_that_wrote_nothing_is_recorded_too_and_never_runs_again() -> None:
+    """Else it might write when it is sent again: official clients send what was answered until they are shown it."""
+    async with small_engine() as app:
+        sent = app.send("notes:nothing", 1)
+        await app.idle()
+        assert kept_count(app) == 1
+        again = app.send("notes:nothing", 1)
+        await app.idle()
+        assert app.count_of(MutationRan) == 1
+        assert again.outcome.value == sent.outcome.value == b"7"
+        assert again.outcome.ts == sent.outcome.ts
 
 
 async def test_a_mutation_that_failed_is_not_recorded_and_runs_again() -> None:
@@ -146,14 +159,6 @@ async def test_a_mutation_that_failed_is_not_recorded_and_runs_again() -> None:
         corrected = app.send("notes:add", 1, room="a", text="x")
         await app.idle()
         assert corrected.outcome.failure is None
-
-
-async def test_a_mutation_that_wrote_nothing_is_not_recorded() -> None:
-    async with small_engine() as app:
-        sent = app.send("notes:nothing", 1)
-        await app.idle()
-        assert sent.outcome.value == b"7"
-        assert kept_count(app) == 0
 
 
 # -- forgetting

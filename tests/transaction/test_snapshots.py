@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from engine.errors import Overloaded
+from engine.errors import LimitExceeded, Overloaded
 from engine.limits import Limits
 from engine.storage.connections import TEMPORARY, Connection, Database
 from engine.testing import ManualClock
@@ -206,3 +206,55 @@ def test_a_wal_at_its_bound_lets_go_of_what_is_retained_and_refuses_more(store: 
     store.database.writer.checkpoint()  # as the committer does: the readers move before and after
     store.snapshots.advance()
     assert store.snapshots.retain() == 3
+
+
+# -- old ones
+
+
+def test_a_run_that_reads_an_old_snapshot_for_too_long_is_told_so_by_its_next_read(store: Store) -> None:
+    store.show(1)
+    lent = store.snapshots.lend(1)
+    assert lent is not None
+    store.clock.advance(100)
+    store.show(2)  # from here on it is old
+    store.clock.advance(5)
+    store.show(3)
+    assert number_in(lent) == 1
+    store.clock.advance(0.1)
+    store.show(4)
+    with pytest.raises(LimitExceeded, match=r"not the newest: 5\.1 used, 5 allowed.* limits.snapshot_old_seconds_max"):
+        number_in(lent)
+    assert not lent.in_transaction
+    before = store.reader_count
+    store.snapshots.give_back(lent)
+    assert store.reader_count == before - 1
+    store.show(5)
+
+
+def test_one_that_nobody_has_written_past_may_be_read_for_ever(store: Store) -> None:
+    store.show(1)
+    lent = store.snapshots.lend(1)
+    assert lent is not None
+    store.clock.advance(1_000)
+    assert number_in(lent) == 1
+    store.snapshots.give_back(lent)
+    store.show(2)
+    assert number_in(store.snapshots.reader) == 2
+
+
+def test_a_run_on_a_retained_snapshot_has_its_time_once_that_is_let_go(store: Store) -> None:
+    store.show(1)
+    store.snapshots.retain()
+    store.show(2)
+    lent = store.snapshots.lend(1)
+    assert lent is not None
+    store.clock.advance(31)
+    store.show(3)
+    store.clock.advance(5)
+    store.show(4)
+    assert number_in(lent) == 1
+    store.clock.advance(1)
+    store.show(5)
+    with pytest.raises(LimitExceeded):
+        number_in(lent)
+    store.snapshots.give_back(lent)
