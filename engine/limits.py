@@ -56,7 +56,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     message_before_connect_size_bytes_max: int = 64 << 10  # nobody is known yet => close 1009
     send_buffer_high_water_bytes: int = 64 << 10  # unsent => the session lags, and skips to the newest state
     send_stuck_seconds_max: int = 30  # without getting rid of a byte => aborted
-    send_unsent_size_bytes_max: int = 96 << 20  # of all connections that lag => the one that holds the most is aborted
+    send_unsent_size_bytes_max: int = 40 << 20  # of all that lag, in memory twice => the one with most is aborted
     socket_send_buffer_size_bytes: int = 256 << 10  # the kernel would take 4 MB for a client that has stopped reading
     close_seconds_max: int = 2  # for the close handshake => aborted
     transition_size_bytes_max: int = 15 << 20  # the PyPI client drops 16 MiB => several Transitions, or chunks

@@ -153,8 +153,9 @@ async def test_a_run_leaves_nothing_to_the_garbage_collector(tmp_path: Path, nam
         for query_id, path in enumerate(("newest", "nested", "counted")):
             subscriber.ask(query_id, f"m:{path}")
         await subscriber.catch_up()
-        with nothing_left(by=name):
-            for _ in range(10):
-                await call(app, "m:add" if name in ("newest", "filtered", "looped", "page") else f"m:{name}")
-                await call(app, f"m:{name}")
-                subscriber.take()
+        for is_measured in (False, True):  # the first time, what lived longer than its own test may be let go
+            with nothing_left(by=name) if is_measured else contextlib.nullcontext():
+                for _ in range(10):
+                    await call(app, "m:add" if name in ("newest", "filtered", "looped", "page") else f"m:{name}")
+                    await call(app, f"m:{name}")
+                    subscriber.take()

@@ -649,6 +649,22 @@ async def test_a_cron_that_fails_says_so_and_goes_on(tmp_path: Path) -> None:
         assert (row.last_error, await ticks(app)) == (None, [3 * MINUTE])
 
 
+async def test_a_job_that_waits_in_the_queue_while_the_code_is_loaded_anew_runs_the_new_code(tmp_path: Path) -> None:
+    async with open_app(tmp_path, BASE) as app:
+        await later(app, "m:add", delay=MINUTE)
+        await app.idle()
+        async with app.engine._committer.between_groups():
+            loading = asyncio.create_task(app.rewrite(BASE.replace("key=key", "key='new'")))
+            await asyncio.sleep(0)  # it waits for this block to end, and the job behind it
+            app.clock.advance(61)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert app.engine._scheduler._queued_count == 1
+        await loading
+        await app.idle()
+        assert (await states(app), await app.call("m:keys")) == (["succeeded"], ["new"])
+
+
 async def test_a_cron_keeps_its_time_over_a_reload_that_does_not_change_it(tmp_path: Path) -> None:
     async with open_app(tmp_path, ticking("minutes=1")) as app:
         await app.turn(59)

@@ -77,7 +77,7 @@ def test_two_that_are_under_way_together_may_be_in_any_order() -> None:
             {"realtime"},
         ),
     ],
-    ids=str,
+    ids=lambda value: " and ".join(sorted(value)) if isinstance(value, set) else "history",
 )
 def test_an_anomaly_is_found_and_named(history: Sequence[Transaction], found: set[str]) -> None:
     assert kinds(*history) == found
