@@ -279,7 +279,14 @@ def write_notes(address: str, board: str, texts: list[str], acknowledged: "Conne
     """Write one note after the other and say which are acknowledged: the body of a process."""
     client = ConvexClient(address)
     for text in texts:
-        add(client, board, text)
+        while True:
+            try:
+                add(client, board, text)
+                break
+            except Exception as error:  # noqa: BLE001 - it has no class of its own
+                if str(error) != "channel closed":  # its connection ended at a moment that it does not survive
+                    raise
+                client = ConvexClient(address)
         acknowledged.send(text)
 
 
