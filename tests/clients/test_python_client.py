@@ -283,7 +283,7 @@ def write_notes(address: str, board: str, texts: list[str], acknowledged: "Conne
             try:
                 add(client, board, text)
                 break
-            except Exception as error:  # noqa: BLE001 - it has no class of its own
+            except Exception as error:
                 if str(error) != "channel closed":  # its connection ended at a moment that it does not survive
                     raise
                 client = ConvexClient(address)
