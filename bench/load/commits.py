@@ -19,7 +19,7 @@ import msgspec
 from bench.load.figures import percentile
 
 _LEDGER_LOOKUP = "SELECT digest, ts, value FROM _engine_ledger WHERE session_id = ? AND request_id = ?"
-_LEDGER_INSERT = "INSERT INTO _engine_ledger VALUES (?, ?, ?, ?, ?)"
+_LEDGER_INSERT = "INSERT INTO _engine_ledger VALUES (?, ?, ?, ?, ?, NULL)"
 _BY_TOKEN = (
     "SELECT _creation, id, token_identifier, name, avatar, role, permissions FROM users"
     ' INDEXED BY "users.by_token_identifier" WHERE token_identifier = ? ORDER BY _creation LIMIT'
