@@ -1,10 +1,17 @@
-"""How much hypothesis tries: `HYPOTHESIS_PROFILE=nightly pytest` tries much more, and other things each time."""
+"""What all tests share, and how much hypothesis tries.
 
+`HYPOTHESIS_PROFILE=nightly pytest` tries much more, and other things each time.
+"""
+
+import io
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from engine.observe.log import set_up_logging
 
 COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile("pull_request", COMMON, max_examples=100, derandomize=True, database=None)
@@ -18,3 +25,16 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture
+def written() -> Iterator[io.StringIO]:
+    """What the log of the process receives; the set-up of pytest is put back afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    stream = io.StringIO()
+    root.handlers.clear()
+    set_up_logging(stream=stream)
+    yield stream
+    root.handlers[:] = handlers
+    root.setLevel(level)

@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine.clock import Clock, TimerHandle
-from engine.errors import EngineClosed, LimitExceeded, Overloaded, RequestError, SessionRequired
+from engine.errors import EngineClosed, LimitExceeded, Overloaded, SessionRequired
 from engine.events import DisconnectRan, Events
 from engine.identity import Caller, Identity
 from engine.ranges import IndexRange, after, key_prefix
@@ -225,13 +225,8 @@ class Disconnects:
             self._retry(found.session_id)
 
     def _run(self, row: OnDisconnect, transaction: WriteTransaction) -> "Failure | None":
-        try:
-            call = self._runner.resolve_any(("mutation",), row.path, row.arguments)
-        except RequestError as error:  # the function is gone, or takes other arguments now
-            return self._runner.failures.of(error, row.path)
         caller = Caller(None if row.identity is None else _decode_identity(row.identity))
-        failure: Failure | None = self._runner.execute_apart(call, caller, transaction).detail.failure
-        return failure
+        return self._runner.execute_stored(row.path, row.arguments, caller, transaction)
 
     def _retry(self, session_id: str) -> None:
         if not self._is_here(session_id):

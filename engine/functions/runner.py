@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from engine.clock import Clock, cpu_clock, give_way
-from engine.errors import EngineError, InternalError, InvalidArgument, LimitExceeded
+from engine.errors import EngineError, InternalError, InvalidArgument, LimitExceeded, RequestError
 from engine.events import ActionRan, ClockRead, Events, MutationRan
 from engine.functions.arguments import Arguments
 from engine.functions.calls import ActionCalls, NestedCalls, Transactions
@@ -206,6 +206,17 @@ class Runner:
         else:
             transaction.end_nested(savepoint)
         return execution
+
+    def execute_stored(
+        self, path: str, arguments: bytes, caller: Caller, transaction: WriteTransaction
+    ) -> Failure | None:
+        """Run, apart, a mutation that was written down for later, by the code that is the newest now; how it failed."""
+        try:
+            call = self.resolve_any(("mutation",), path, arguments)
+        except RequestError as error:  # the function is gone, or takes other arguments now
+            return self.failures.of(error, path)
+        failure: Failure | None = self.execute_apart(call, caller, transaction).detail.failure
+        return failure
 
     def run_by_itself(self, call: Call, transaction: WriteTransaction, work: Callable[[Run], None]) -> None:
         """Run code of the app where the engine itself writes, bounded as any run is. Raises what became of an error."""

@@ -168,7 +168,10 @@ class JobScheduler:
             task = self._task_by_id[document.id] = asyncio.create_task(self._run_action(document, call))
             task.add_done_callback(lambda task: self._forget(document.id, task))
         else:
-            self._submit(document, lambda transaction: self._run_mutation(document.path, arguments, transaction))
+            self._submit(
+                document,
+                lambda transaction: self._runner.execute_stored(document.path, arguments, SYSTEM, transaction),
+            )
 
     # -- running
 
@@ -206,14 +209,6 @@ class JobScheduler:
                 self._queued_count += 1
             except (Overloaded, EngineClosed) as error:
                 self._settled(document, error)
-
-    def _run_mutation(self, path: str, arguments: bytes, transaction: WriteTransaction) -> Failure | None:
-        try:  # again: the code may have been loaded anew since it was put into the queue
-            call = self._runner.resolve_any(("mutation",), path, arguments)
-        except RequestError as error:
-            return self._runner.failures.of(error, path)
-        failure: Failure | None = self._runner.execute_apart(call, SYSTEM, transaction).detail.failure
-        return failure
 
     async def _run_action(self, document: ScheduledJob | CronJob, call: Call) -> None:
         try:

@@ -2,26 +2,12 @@
 
 import io
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from engine.errors import InvalidResult, UniqueViolation
 from engine.events import Committed, Events, FunctionFaulted, QueryRan, RoomEnded, RoomReturned
-from engine.observe.log import LINE_SIZE_MAX, SAME_COUNT_MAX, FloodFilter, log_events, set_up_logging, single_line
-
-
-@pytest.fixture
-def written() -> Iterator[io.StringIO]:
-    """What the log receives; the set-up of pytest is put back afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    stream = io.StringIO()
-    root.handlers.clear()
-    set_up_logging(stream=stream)
-    yield stream
-    root.handlers[:] = handlers
-    root.setLevel(level)
+from engine.observe.log import LINE_SIZE_MAX, SAME_COUNT_MAX, FloodFilter, log_events, single_line
 
 
 def fault() -> BaseException:

@@ -248,6 +248,8 @@ def sockets_that_say_nothing(port: int, deadline: float, outcomes: "Counter[str]
             break
         peers.append(Peer(port))
     time.sleep(max(0.0, deadline - time.monotonic()))
+    with Peer(port) as last:  # sockets are accepted in their order: once this one is answered, all of them were
+        last.ask(post("/api/query", {"path": "m:mine", "args": {"who": "x"}}))
     outcomes["connected"] += len(peers)
     for peer in peers:
         peer.socket.setblocking(False)
@@ -279,30 +281,24 @@ def headers_a_byte_at_a_time(port: int, deadline: float, outcomes: "Counter[str]
 
 @attack
 def bad_tokens(port: int, deadline: float, outcomes: "Counter[str]") -> None:
-    """Well-formed tokens of an unknown issuer, or with an unknown key; a connection is closed now and then."""
-    peer = Peer(port)
-    for number in count():
-        if time.monotonic() >= deadline:
-            break
-        header = f"Authorization: Bearer eyJhbGciOiJFZERTQSIsImtpZCI6IngifQ.eyJpc3MiOiJ4In0.{number:08}"
-        try:
-            outcomes[f"status {peer.ask(post('/api/query', {'path': 'm:mine', 'args': {'who': 'x'}}, header))}"] += 1
-        except OSError:
-            outcomes["closed"] += 1
-            peer.socket.close()
-            peer = Peer(port)
-    peer.socket.close()
+    """Well-formed tokens of an unknown issuer, or with an unknown key."""
+    _guess(port, deadline, outcomes, "/api/query", "Bearer eyJhbGciOiJFZERTQSIsImtpZCI6IngifQ.eyJpc3MiOiJ4In0.{:08}")
 
 
 @attack
 def guesses_of_the_admin_key(port: int, deadline: float, outcomes: "Counter[str]") -> None:
+    _guess(port, deadline, outcomes, "/api/function", "Convex adm_{:043}")
+
+
+def _guess(port: int, deadline: float, outcomes: "Counter[str]", address: str, credential: str) -> None:
+    """One credential after the other; the connection is closed now and then."""
     peer = Peer(port)
     for number in count():
         if time.monotonic() >= deadline:
             break
-        header = f"Authorization: Convex adm_{number:043}"
+        header = f"Authorization: {credential.format(number)}"
         try:
-            outcomes[f"status {peer.ask(post('/api/function', {'path': 'm:mine', 'args': {'who': 'x'}}, header))}"] += 1
+            outcomes[f"status {peer.ask(post(address, {'path': 'm:mine', 'args': {'who': 'x'}}, header))}"] += 1
         except OSError:
             outcomes["closed"] += 1
             peer.socket.close()

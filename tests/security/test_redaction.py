@@ -6,16 +6,12 @@ the snapshot is a change of what strangers learn; look at it as such.
 
 import io
 import json
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from engine.auth.admin import digest_of, make_admin_key
-from engine.observe.log import log_events, set_up_logging
+from engine.observe.log import log_events
 from engine.testing import ManualClock
 from tests.server.real import RealServer, serve_app
 from tests.sync.fakes import connect, query_set
@@ -78,19 +74,6 @@ ASKS: list[tuple[str, str, Any, dict[str, str]]] = [
 ]  # fmt: skip
 
 SNAPSHOT = Path(__file__).with_name("redaction.txt")
-
-
-@pytest.fixture
-def written() -> Iterator[io.StringIO]:
-    """What the log of the process would receive, at its lowest level."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    stream = io.StringIO()
-    root.handlers.clear()
-    set_up_logging(stream=stream, level=logging.INFO)
-    yield stream
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def neutral(text: str) -> str:

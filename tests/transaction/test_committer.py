@@ -515,20 +515,6 @@ async def test_a_disk_that_is_full_at_commit_fails_the_group_and_the_next_one_is
         assert app.names() == ["before", "a"]
 
 
-async def test_a_disk_that_is_full_at_commit_takes_back_nothing_that_an_earlier_group_has_applied(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with open_committer() as app:
-        first = app.add("a", key=KEY)
-        await app.idle()
-        with monkeypatch.context() as patch:
-            fail_commit(patch, app.database.writer, sqlite3.SQLITE_FULL)
-            again, other = app.add("a", key=KEY), app.add("b")
-            await app.idle()
-        assert isinstance(other.one.error, StorageFull)
-        assert (again.one.recorded, again.one.ts) == (b'"added"', first.one.ts)
-
-
 async def test_with_a_full_disk_reads_and_subscriptions_go_on_and_writes_do_when_there_is_room() -> None:
     async with small_engine() as app:
         await app.mutate("notes:add", room="a", text="before")
